@@ -1,0 +1,154 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written under a temporary name beside its target and renamed at the end, so a reader sees
+the old content or the complete new one, also after ``kill -9``. Power loss is not covered (no fsync).
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from adamerge.errors import EnvironmentProblem, InputError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; it becomes ``target`` when the block ends well.
+
+    Raises:
+        EnvironmentProblem: The disk is full or the folder cannot be written.
+    """
+    temporary = _fresh_temporary(target)  # a folder: libraries leave temporaries of their own
+    try:
+        with _named_disk_errors(target):
+            temporary.mkdir()
+            yield temporary / target.name
+            _share(temporary / target.name)
+            os.replace(temporary / target.name, target)
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder to fill; it becomes ``target`` when the block ends well.
+
+    Raises:
+        InputError: ``target`` exists and ``overwrite`` is false.
+        EnvironmentProblem: The disk is full or the folder cannot be written.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    temporary = _fresh_temporary(target)
+    try:
+        with _named_disk_errors(target):
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.rglob("*"):
+                _share(path)
+            _share(temporary)
+            _swap(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a small text file atomically, making its folder if need be."""
+    with atomic_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise InputError if the target is already there and may not be replaced."""
+    if target.exists() and not overwrite:
+        raise InputError(
+            f"output {target} exists already.",
+            "Choose another path, or pass overwrite=True (--overwrite) to replace it.",
+        )
+
+
+def require_free_space(folder: Path, n_bytes: int) -> None:
+    """Raise EnvironmentProblem unless the disk that holds ``folder`` has ``n_bytes`` free."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise EnvironmentProblem(
+            f"writing to {folder} needs {n_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.",
+            "Free some space or choose another disk; nothing was written.",
+        )
+
+
+def _fresh_temporary(target: Path) -> Path:
+    """Make the parent folder, sweep what dead processes left, and name a temporary path."""
+    with _named_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{target.name}.tmp-*"):
+            if not _is_alive(int(stale.name.rsplit("-", 1)[1])):
+                _remove(stale)
+    return target.parent / f".{target.name}.tmp-{os.getpid()}"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Put a folder in the place of another in one step where the system can, else in two."""
+    if not target.exists():
+        os.replace(temporary, target)
+    elif not _exchange(temporary, target):
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        os.replace(target, old)
+        os.replace(temporary, target)
+        _remove(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths atomically (Linux); false where the call or the file system lacks it."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, bytes(a), _AT_FDCWD, bytes(b), _RENAME_EXCHANGE) == 0
+
+
+def _share(path: Path) -> None:
+    """Give ordinary permissions: safetensors writes files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named_disk_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's errors, and safetensors' wrapping of them, into ours."""
+    try:
+        yield
+    except Exception as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only"}
+        reasons |= {errno.EACCES: "permission was denied", errno.ENOTDIR: "a parent is a file"}
+        number = getattr(error, "errno", None)
+        if number is None and "No space left" in str(error):
+            number = errno.ENOSPC
+        if number not in reasons:
+            raise
+        raise EnvironmentProblem(
+            f"cannot write {target}: {reasons[number]}.", "Nothing was left half-written."
+        ) from error

@@ -1,0 +1,1 @@
+"""Tasks, their images and the batches that adaptation and evaluation see."""

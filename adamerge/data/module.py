@@ -1,0 +1,191 @@
+"""The Lightning data module: one stream of unlabelled batches per task, and labelled test images."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from adamerge.data.datasets import Images, Preprocess, load_images
+from adamerge.data.sampling import StepSampler
+from adamerge.data.tasks import TaskSpec, resolve
+from adamerge.errors import DataError, InputError
+
+Batch = dict[str, dict[str, Tensor]]
+
+
+class MultiTaskData(pl.LightningDataModule):
+    """Unlabelled adaptation images and labelled test images of several tasks.
+
+    Each training batch is ``{task: {"images": uint8 [image, 3, h, w], "index": [image]}}``. A part of
+    the adaptation images is held out for label-free monitoring (`validate`, the collapse guard). Under
+    several processes the tasks are dealt out to them in turn.
+
+    Args:
+        tasks: Rows by task name.
+        batch_size: Adaptation images per task and step.
+        eval_batch_size: Images per batch elsewhere.
+        holdout: Fraction of each task's adaptation images that adaptation does not see.
+        seed: Seed of the order of images.
+        num_workers: Worker processes per loader; the images do not depend on it.
+
+    Raises:
+        InputError: A row or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, TaskSpec],
+        *,
+        batch_size: int = 16,
+        eval_batch_size: int = 256,
+        holdout: float = 0.2,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or eval_batch_size < 1 or not 0 <= holdout < 1:
+            raise InputError(
+                f"batch_size={batch_size}, eval_batch_size={eval_batch_size}, holdout={holdout}: "
+                "sizes must be positive and holdout in [0, 1)."
+            )
+        self.tasks = resolve(tasks)
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.holdout, self.seed, self.num_workers = holdout, seed, num_workers
+        self.first_step = 0
+        self.preprocess: Preprocess | None = None
+        self._loaded: dict[tuple[str, str], Images] = {}
+
+    def adaptation(self, task: str) -> Images:
+        """Give the unlabelled images that training steps draw from."""
+        return self._split(task)[0]
+
+    def held_out(self, task: str) -> Images:
+        """Give the unlabelled images kept aside for monitoring; all of them where holdout is 0."""
+        return self._split(task)[1]
+
+    def test(self, task: str) -> Images:
+        """Give the labelled test images.
+
+        Raises:
+            DataError: Labels do not fit the task's classes.
+        """
+        spec = self.tasks[task]
+        images = self._images(task, "test", spec.test, labelled=True)
+        labels = images.labels
+        if labels is not None and spec.classes and int(labels.max()) >= len(spec.classes):
+            raise DataError(
+                f"task {task!r}: test images have label {int(labels.max())}, "
+                f"there are {len(spec.classes)} class names.",
+                "List the class names in label order.",
+            )
+        return images
+
+    @property
+    def tested_tasks(self) -> tuple[str, ...]:
+        """Tasks that have labelled test images."""
+        return tuple(task for task, spec in self.tasks.items() if spec.test)
+
+    def transductive(self) -> dict[str, int]:
+        """Count, per task, the test images that are among the adaptation images (equal pixels)."""
+        counts = {}
+        for task in self.tested_tasks:
+            seen = set(self._all_adaptation(task).digests())
+            counts[task] = sum(image in seen for image in self.test(task).digests())
+        return counts
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash every task's adaptation images (SHA-256), for reports and for resuming."""
+        return {
+            task: hashlib.sha256(b"".join(self._all_adaptation(task).digests())).hexdigest()
+            for task in self.tasks
+        }
+
+    def loader(self, images: Images) -> DataLoader[Any]:
+        """Walk images once, in order."""
+        return self._make_loader(images, batch_size=self.eval_batch_size)
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Stream batches of the tasks of this process, from ``first_step`` on, without end."""
+        return CombinedLoader({t: self._stream(t) for t in self.tasks_here()}, "min_size")
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Walk each task's held-out adaptation images (no labels)."""
+        return [self.loader(self.held_out(task)) for task in self.tasks]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Walk each task's labelled test images."""
+        return [self.loader(self.test(task)) for task in self.tested_tasks]
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """Walk each task's test images, or its adaptation images where it has none."""
+        return [
+            self.loader(self.test(task) if spec.test else self._all_adaptation(task))
+            for task, spec in self.tasks.items()
+        ]
+
+    def tasks_here(self) -> tuple[str, ...]:
+        """Give the tasks whose training batches this process computes."""
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        if world > len(self.tasks):
+            raise InputError(
+                f"{world} processes for {len(self.tasks)} tasks: some would have nothing to do.",
+                f"Use at most --trainer.devices {len(self.tasks)}.",
+            )
+        return tuple(self.tasks)[rank::world]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember which step comes next."""
+        return {"step": self.trainer.global_step if self.trainer else self.first_step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Begin where the checkpoint was written."""
+        self.first_step = int(state_dict["step"])
+
+    def _stream(self, task: str) -> DataLoader[Any]:
+        images = self.adaptation(task)
+        sampler = StepSampler(
+            len(images), self.batch_size, seed=self.seed, task=task, first_step=self.first_step
+        )
+        return self._make_loader(images, batch_sampler=sampler)
+
+    def _make_loader(self, images: Images, **how: Any) -> DataLoader[Any]:
+        return DataLoader(images, num_workers=self.num_workers, collate_fn=_first, **how)
+
+    def _split(self, task: str) -> tuple[Images, Images]:
+        images = self._all_adaptation(task)
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(images), generator=generator)
+        n_held = int(self.holdout * len(images))
+        if n_held == 0:
+            return images, images
+        return images.part(order[n_held:].sort().values), images.part(order[:n_held].sort().values)
+
+    def _all_adaptation(self, task: str) -> Images:
+        return self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)
+
+    def _images(self, task: str, part: str, source: str | None, *, labelled: bool) -> Images:
+        if (task, part) not in self._loaded:
+            role = f"task {task!r}, {part} images"
+            if source is None:
+                raise InputError(f"{role}: none were given.", f"Set data.tasks.{task}.test.")
+            preprocess = self.preprocess or _no_preprocess
+            self._loaded[task, part] = load_images(source, preprocess, labelled=labelled, role=role)
+        return self._loaded[task, part]
+
+
+def _first(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """`Images` gives a whole batch at once, so there is nothing to collate."""
+    return batches[0]
+
+
+def _no_preprocess(_image: Any) -> Tensor:
+    raise InputError(
+        "images from files need the model's preprocessing, and no model was set.",
+        "Use the data module with a MergeTask and a Trainer, or set data.preprocess first.",
+    )

@@ -1,0 +1,85 @@
+"""A task is a row: its classes, its prompts and where its images are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adamerge.errors import InputError
+
+EMBEDDED = "embedded:"
+DEFAULT_TEMPLATES = ["a photo of a {}."]
+
+
+@dataclass
+class TaskSpec:
+    """One task of a merge.
+
+    Attributes:
+        adapt: Unlabelled images that adaptation sees: a folder of images, a parquet file or folder, a
+            `datasets` folder, or ``embedded:TASK/SPLIT``. Labels found there are dropped.
+        test: Labelled images for `adamerge test`, in the same forms; None: no accuracy is reported.
+        classes: Class names in label order, for the zero-shot head; empty: those of an embedded task.
+        templates: Prompts with ``{}`` for the class name; empty: those of an embedded task, else
+            "a photo of a {}.".
+        head: A safetensors file with ``weight [class, dim]`` instead of a zero-shot head.
+    """
+
+    adapt: str
+    test: str | None = None
+    classes: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=list)
+    head: str | None = None
+
+
+def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
+    """Fill in what embedded tasks know of themselves, and check the rows.
+
+    Raises:
+        InputError: A name cannot be a file name, two names differ only in case, a row has no class
+            names, or a head file does not exist.
+    """
+    if not tasks:
+        raise InputError("no tasks were given.", "Name at least one task under data.tasks.")
+    folded: dict[str, str] = {}
+    for name in tasks:
+        if not name or any(c in name for c in '/\\:*?"<>|\0') or name.startswith("."):
+            raise InputError(f"task name {name!r} cannot be a file name.", "Use letters, digits, '-', '_'.")
+        if folded.setdefault(name.casefold(), name) != name:
+            raise InputError(f"tasks {folded[name.casefold()]!r} and {name!r} differ only in case.")
+    return {name: _complete(name, spec) for name, spec in tasks.items()}
+
+
+def _complete(name: str, spec: TaskSpec) -> TaskSpec:
+    classes, templates = spec.classes, spec.templates
+    if spec.adapt.startswith(EMBEDDED):
+        from adamerge.data.embedded import EMBEDDED_TASKS
+
+        row = EMBEDDED_TASKS[embedded_source(spec.adapt)[0]]
+        classes, templates = classes or list(row.classes), templates or list(row.templates)
+    if spec.head and not Path(spec.head).exists():
+        raise InputError(f"task {name!r}: head file {spec.head} does not exist.")
+    if not classes and not spec.head:
+        raise InputError(
+            f"task {name!r} has no class names.", "Give `classes: [...]` in label order, or a `head` file."
+        )
+    templates = templates or DEFAULT_TEMPLATES
+    without = [t for t in templates if "{}" not in t]
+    if without:
+        raise InputError(f"task {name!r}: template {without[0]!r} has no '{{}}' for the class name.")
+    return TaskSpec(spec.adapt, spec.test, classes, templates, spec.head)
+
+
+def embedded_source(source: str) -> tuple[str, str]:
+    """Split ``embedded:TASK/SPLIT`` and check both.
+
+    Raises:
+        InputError: The task or the split is unknown.
+    """
+    from adamerge.data.embedded import EMBEDDED_TASKS, SPLITS
+    from adamerge.errors import nearest
+
+    task, _, split = source.removeprefix(EMBEDDED).partition("/")
+    for word, known in ((task, EMBEDDED_TASKS), (split, SPLITS)):
+        if word not in known:
+            raise InputError(f"{source!r}: {word!r} is unknown.", nearest(word, known))
+    return task, split

@@ -1,0 +1,16 @@
+"""Backbones that give features for any weights, and the frozen heads that read them."""
+
+from adamerge.models.base import Backbone, ModuleBackbone
+from adamerge.models.evaluate import accuracy, predict_all
+from adamerge.models.heads import Head
+from adamerge.models.open_clip import OpenClipBackbone, zero_shot_heads
+
+__all__ = [
+    "Backbone",
+    "Head",
+    "ModuleBackbone",
+    "OpenClipBackbone",
+    "accuracy",
+    "predict_all",
+    "zero_shot_heads",
+]

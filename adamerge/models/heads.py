@@ -1,0 +1,87 @@
+"""Frozen heads: a matrix that turns features into one task's logits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from adamerge.checkpoints import open_checkpoint
+from adamerge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task's frozen linear classifier.
+
+    Attributes:
+        weight: ``[class, dim]`` fp32; for CLIP the unit text vectors times exp(logit scale).
+        bias: ``[class]`` fp32, or None.
+        normalize: Whether features are L2-normalised first, as CLIP does.
+    """
+
+    weight: Float[Tensor, "class dim"]
+    bias: Float[Tensor, " class"] | None = None
+    normalize: bool = True
+
+    def logits(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image class"]:
+        """Normalise and classify in fp32, outside autocast: CLIP's logits are too large for bf16.
+
+        Raises:
+            InputError: The features have another dimension than the head.
+        """
+        if features.shape[-1] != self.weight.shape[1]:
+            raise InputError(
+                f"the head reads {self.weight.shape[1]} dimensions, the features have {features.shape[-1]}.",
+                "Head and backbone must share the projection.",
+            )
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            if self.normalize:
+                features = functional.normalize(features, dim=-1)
+            return functional.linear(features, self.weight, self.bias)
+
+    def to(self, device: torch.device) -> "Head":
+        """Give the head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, normalize: bool = True) -> "Head":
+        """Read a safetensors file with ``weight`` and, if there is one, ``bias``.
+
+        Raises:
+            InputError: The file has no matrix ``weight``.
+        """
+        state = open_checkpoint(path, role="head")
+        if "weight" not in state or state["weight"].dim() != 2:
+            raise InputError(
+                f"head {path} has no matrix 'weight'; it holds {', '.join(state)}.",
+                "Save {'weight': [class, dim]} and, optionally, {'bias': [class]}.",
+            )
+        bias = state["bias"].float() if "bias" in state else None
+        return cls(state["weight"].float(), bias, normalize)
+
+    @classmethod
+    def zero_shot(
+        cls,
+        encode: Callable[[list[str]], Float[Tensor, "text dim"]],
+        classes: Sequence[str],
+        templates: Sequence[str],
+        scale: float,
+    ) -> "Head":
+        """Build CLIP's head: the mean of a class's prompts on the unit sphere (methods of 2103.00020).
+
+        Args:
+            encode: From prompts to text features.
+            classes: Class names, in label order.
+            templates: Prompts with ``{}`` where the class name goes.
+            scale: exp(logit scale).
+        """
+        prompts = [template.format(name) for name in classes for template in templates]
+        vectors = functional.normalize(encode(prompts).float(), dim=-1)
+        means = vectors.reshape(len(classes), len(templates), -1).mean(1)
+        return cls(scale * functional.normalize(means, dim=-1))

@@ -1,0 +1,45 @@
+"""What any objective offers to the trainer."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def entropy_of(logits: Float[Tensor, "image class"]) -> Float[Tensor, " image"]:
+    """Give the entropy of each prediction in nats; invariant to a constant added to the logits."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+class Objective(nn.Module, ABC):
+    """A scalar to minimise, from the logits of one task's images.
+
+    Attributes:
+        needs_teacher: Whether `forward` reads the expert's logits of the same images.
+    """
+
+    needs_teacher = False
+
+    @abstractmethod
+    def forward(
+        self,
+        logits: Float[Tensor, "image class"],
+        task: str,
+        teacher: Float[Tensor, "image class"] | None = None,
+    ) -> Float[Tensor, ""] | None:
+        """Give the loss of one task's images, or None where they are not worth a step."""
+
+    def begin_step(self) -> None:
+        """Forget what belongs to the last step; called once before each optimizer step."""
+
+    def recovery_due(self) -> bool:
+        """Tell, once, whether the coefficients should go back to their initial values."""
+        return False
+
+    def per_task_state(self) -> dict[str, float]:
+        """Give what the objective remembers of each task, for checkpoints and other processes."""
+        return {}
+
+    def load_per_task_state(self, state: dict[str, float]) -> None:
+        """Take back what `per_task_state` gave."""

@@ -1,0 +1,367 @@
+"""MergeTask, the only LightningModule: coefficients x objective x codec x optimizer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassAccuracy
+
+from adamerge.coefficients import Coefficients, Learned
+from adamerge.data.datasets import Images
+from adamerge.data.module import Batch, MultiTaskData
+from adamerge.errors import InputError, NumericError, shortlist
+from adamerge.models import Backbone, Head, predict_all
+from adamerge.objectives import Entropy, Objective, entropy_of
+from adamerge.progress import track
+from adamerge.state import State
+from adamerge.vectors import TaskVectors, staged_step
+
+MakeOptimizer = Callable[[Any], Optimizer]
+_CHECKPOINT_KEY = "adamerge"
+
+
+def published_adam(parameters: Iterable[Any]) -> Optimizer:
+    """Make AdaMerging's published optimizer: Adam at 1e-3 without weight decay."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class MergeTask(pl.LightningModule):
+    """Learns merging coefficients on unlabelled inputs, and evaluates the merged model.
+
+    The module's only parameters are the coefficients', in fp32; base, vectors, backbone and heads are
+    frozen and stay out of checkpoints.
+
+    Args:
+        vectors: The base and its experts.
+        backbone: Features of any weights.
+        heads: One frozen head per task.
+        coefficients: What is learned; default: layer-wise AdaMerging's.
+        objective: What is minimised; default: entropy.
+        optimizer: Makes the optimizer from parameters; default: Adam at 1e-3, as published.
+        images_per_pass: Small batches of several tasks share a forward pass up to this many images;
+            more is faster on a GPU, fewer needs less memory; the result is the same.
+
+    Raises:
+        InputError: A task has no head.
+    """
+
+    def __init__(
+        self,
+        vectors: TaskVectors,
+        backbone: Backbone,
+        heads: Mapping[str, Head],
+        coefficients: Coefficients | None = None,
+        objective: Objective | None = None,
+        *,
+        optimizer: MakeOptimizer = published_adam,
+        images_per_pass: int = 16,
+    ) -> None:
+        super().__init__()
+        missing = [task for task in vectors.tasks if task not in heads]
+        if missing:
+            raise InputError(f"experts {missing} have no head.", f"Heads were given for {list(heads)}.")
+        self.vectors, self.backbone, self.heads = vectors, backbone, dict(heads)
+        self.coefficients = coefficients or Learned()
+        self.coefficients.build(vectors.tasks, vectors.names)
+        self.objective = objective or Entropy()
+        self.make_optimizer = optimizer
+        self.images_per_pass = images_per_pass
+        self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
+        self.losses: dict[str, float] = {}
+        self._teacher: dict[str, Tensor] = {}
+        self._weights: State = {}
+        self._fixed: State = {}
+        self.accuracy: dict[str, float] = {}
+        self._accuracy: dict[str, MulticlassAccuracy] = {}
+
+    # ---- weights -----------------------------------------------------------------------------------
+
+    def weights(self, coefficients: Float[Tensor, "task tensor"]) -> State:
+        """Give what the backbone reads, in fp32, under these coefficients; differentiable in them."""
+        return self.vectors.merge(coefficients, self.read_names) | self._fixed
+
+    def merged_state(self) -> State:
+        """Give the complete merged model, on the CPU, ready for `adamerge.save`."""
+        return self.vectors.state(self.coefficients())
+
+    def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
+        """Classify one task's images under given weights."""
+        return self.heads[task].logits(self.backbone.features(weights, images))
+
+    @torch.no_grad()
+    def expert_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
+        """Give the logits of a task's own expert, on the CPU, in fp32 without autocast."""
+        return self._walk(self.weights(self._on_device(self.vectors.one_hot(task))), task, images)
+
+    @torch.no_grad()
+    def merged_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
+        """Give the merged model's logits, on the CPU, in fp32 without autocast."""
+        return self._walk(self.weights(self.coefficients()), task, images)
+
+    def _walk(self, weights: State, task: str, images: Images) -> Float[Tensor, "image class"]:
+        with torch.autocast(self.device.type, enabled=False):
+            return predict_all(weights, self.backbone, self.heads[task], self.data.loader(images))
+
+    # ---- adaptation --------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer:
+        """Make the optimizer of the coefficients."""
+        return self.make_optimizer(self.coefficients.parameters())
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let the objective forget the last step."""
+        self.objective.begin_step()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Take a staged step: merge once, one backward per pass, one projection.
+
+        Returns:
+            A scalar whose value is the sum of the tasks' losses and whose gradient with respect to the
+            coefficients is the staged one.
+
+        Raises:
+            NumericError: A loss or the gradient is not finite; the coefficients are still good.
+        """
+        matrix = self.coefficients()
+        self.losses = {}
+        passes = [self._pass(tasks, batch) for tasks in self._shared_passes(batch)]
+        scale = self._loss_scale()
+        result = staged_step(self.vectors, matrix, passes, names=self.read_names, scale=scale)
+        self.losses = self._gathered(self.losses)
+        self._require_finite(result.gradient, scaled=scale != 1)
+        world = self._trainer.world_size if self._trainer else 1  # DDP averages; the loss is a sum
+        step = ((matrix - matrix.detach()) * result.gradient).sum() * world
+        loss = step + torch.stack(result.losses).sum().detach()
+        self._log_losses()
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Where no task was worth a step, leave nothing to step with: momentum must not move either."""
+        if not self.losses:
+            for parameter in self.coefficients.parameters():
+                parameter.grad = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Repair the coefficients, and recover where the objective asks for it."""
+        self.coefficients.after_step()
+        due = self.objective.recovery_due()
+        if self._world_size() > 1:
+            due = self.trainer.strategy.reduce_boolean_decision(due, all=False)
+        if due:
+            self.restart_coefficients()
+
+    def restart_coefficients(self) -> None:
+        """Go back to the initial coefficients and forget the optimizer's moments."""
+        self.coefficients.reset()
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
+    def _shared_passes(self, batch: Batch) -> Iterator[list[str]]:
+        """Group tasks so that each group's images fit into one pass."""
+        group: list[str] = []
+        for task in batch:
+            images = [batch[t]["images"] for t in (*group, task)]
+            fits = sum(len(i) for i in images) <= self.images_per_pass
+            if group and not (fits and len({i.shape[1:] for i in images}) == 1):
+                yield group
+                group = []
+            group.append(task)
+        yield group
+
+    def _pass(self, tasks: Sequence[str], batch: Batch) -> Callable[[State], Tensor]:
+        def loss_of(leaves: State) -> Tensor:
+            images = [batch[task]["images"] for task in tasks]
+            joined = images[0] if len(images) == 1 else torch.cat(images)
+            features = self.backbone.features({**leaves, **self._fixed}, joined)
+            total = features.new_zeros((), dtype=torch.float32)
+            for task, part in zip(tasks, features.split([len(i) for i in images]), strict=True):
+                teacher = self._teacher.get(task)
+                known = None if teacher is None else teacher[batch[task]["index"]]
+                loss = self.objective(self.heads[task].logits(part), task, known)
+                if loss is not None:
+                    self.losses[task] = loss.detach()  # a tensor until `_gathered` reads all at once
+                    total = total + loss
+            return total
+
+        return loss_of
+
+    def _gathered(self, losses: Mapping[str, Any]) -> dict[str, float]:
+        """Read the losses from the device in one go, and join them with other processes'."""
+        values = torch.stack(list(losses.values())).tolist() if losses else []
+        here = dict(zip(losses, values, strict=True))
+        if self._world_size() == 1:
+            return here
+        everywhere: list[Any] = [None] * self._world_size()
+        torch.distributed.all_gather_object(everywhere, (here, self.objective.per_task_state()))
+        self.objective.load_per_task_state({k: v for _, state in everywhere for k, v in state.items()})
+        return {task: loss for part, _ in everywhere for task, loss in part.items()}
+
+    def _require_finite(self, gradient: Tensor, *, scaled: bool) -> None:
+        bad = [t for t, loss in self.losses.items() if not torch.tensor(loss).isfinite()]
+        if bad:
+            raise NumericError(
+                f"step {self.global_step}: the loss of task {bad[0]!r} is {self.losses[bad[0]]}.",
+                "The coefficients of the step before are kept. Try a smaller learning rate or fp32.",
+            )
+        if not scaled and not torch.isfinite(gradient).all():  # a loss scaler skips such a step itself
+            row = int((~torch.isfinite(gradient)).nonzero()[0, 0])
+            raise NumericError(
+                f"step {self.global_step}: the gradient of expert {self.vectors.tasks[row]!r} is not finite.",
+                "The coefficients of the step before are kept. Try a smaller learning rate or fp32.",
+            )
+
+    def _loss_scale(self) -> float:
+        """Give the factor that keeps fp16 gradients from vanishing; Lightning scales the outer loss only."""
+        plugin = getattr(self._trainer, "precision_plugin", None)
+        scaler = getattr(plugin, "scaler", None)
+        return scaler.get_scale() if scaler is not None else 1.0
+
+    def _log_losses(self) -> None:
+        if self._trainer is None or not self.losses:
+            return
+        name = type(self.objective).__name__.lower()
+        values = {f"train/{name}/{task}": loss for task, loss in self.losses.items()}
+        self.log(f"train/{name}_mean", sum(self.losses.values()) / len(self.losses), prog_bar=True)
+        self.log_dict(values)
+
+    # ---- evaluation --------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure entropy on held-out adaptation images, which have no labels."""
+        task = tuple(self.data.tasks)[dataloader_idx]
+        logits = self.logits(self._weights, task, batch["images"])
+        self.log(
+            f"val/entropy/{task}",
+            entropy_of(logits).mean(),
+            batch_size=len(logits),
+            add_dataloader_idx=False,
+        )
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure top-1 accuracy (micro average) on labelled test images, with the task known."""
+        task = self.data.tested_tasks[dataloader_idx]
+        self._accuracy[task].update(self.logits(self._weights, task, batch["images"]), batch["labels"])
+
+    def on_test_epoch_end(self) -> None:
+        """Log each task's accuracy in percent, and the plain mean over tasks."""
+        self.accuracy = {task: 100 * float(m.compute()) for task, m in self._accuracy.items()}
+        self.log_dict({f"eval/acc/{task}": value for task, value in self.accuracy.items()})
+        self.log("eval/acc_mean", sum(self.accuracy.values()) / len(self.accuracy))
+
+    def predict_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Give class and probability of each image, with the task known."""
+        task = tuple(self.data.tasks)[dataloader_idx]
+        p = self.logits(self._weights, task, batch["images"]).softmax(-1)
+        probability, label = p.max(-1)
+        return {"task": task, "index": batch["index"], "class": label, "probability": probability}
+
+    # ---- plumbing ----------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> MultiTaskData:
+        """The trainer's data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, MultiTaskData):
+            raise InputError("MergeTask needs a MultiTaskData.", "Pass trainer.fit(task, datamodule=data).")
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Check that data and experts agree, before any work."""
+        unknown = [task for task in self.data.tasks if task not in self.heads]
+        if unknown:
+            raise InputError(f"data tasks {unknown} have no expert.", f"Experts: {list(self.vectors.tasks)}.")
+        if self._world_size() > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise InputError(
+                "the tasks are dealt out to the processes here, not by Lightning.",
+                "Pass Trainer(use_distributed_sampler=False).",
+            )
+        for task in self.data.tasks:
+            labels = self.data.tasks[task].classes
+            if labels and len(labels) != len(self.heads[task].weight):
+                raise InputError(
+                    f"head {task!r} has {len(self.heads[task].weight)} rows for {len(labels)} classes.",
+                    "List the class names in the order of the head's rows.",
+                )
+        self.data.preprocess = self.backbone.preprocess
+
+    def on_fit_start(self) -> None:
+        """Move the frozen parts to the device and cache what teachers say."""
+        self._place()
+        if self.objective.needs_teacher:
+            for task in track(self.data.tasks_here(), "Caching the experts' predictions"):
+                logits = self.expert_logits(task, self.data.adaptation(task))
+                self._teacher[task] = self._on_device(logits)
+
+    def on_validation_start(self) -> None:
+        """Merge once for the whole pass."""
+        self._merge_for_evaluation()
+
+    def on_test_start(self) -> None:
+        """Merge once for the whole pass, and count from zero."""
+        self._merge_for_evaluation()
+        for task in self.data.tested_tasks:
+            n_classes = len(self.heads[task].weight)
+            self._accuracy[task] = MulticlassAccuracy(n_classes, average="micro").to(self.device)
+
+    def on_predict_start(self) -> None:
+        """Merge once for the whole pass."""
+        self._merge_for_evaluation()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what resuming must agree with; coefficients and optimizer are there already."""
+        checkpoint[_CHECKPOINT_KEY] = {
+            "tasks": list(self.vectors.tasks),
+            "groups": self.coefficients.table()[0],
+            "digests": dict(self.vectors.digests),
+            "objective": self.objective.per_task_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other tasks, groups or weights.
+
+        Raises:
+            InputError: The first thing that differs.
+        """
+        saved = checkpoint.get(_CHECKPOINT_KEY)
+        if saved is None:
+            raise InputError("this checkpoint was not written by adamerge.")
+        ours = {"tasks": list(self.vectors.tasks), "groups": self.coefficients.table()[0]}
+        ours["digests"] = dict(self.vectors.digests)
+        for key, value in ours.items():
+            if saved[key] != value:
+                raise InputError(
+                    f"the checkpoint has other {key}: {_difference(saved[key], value)}.",
+                    "Resume with the configuration and weights that it was written with.",
+                )
+        self.objective.load_per_task_state(saved["objective"])
+
+    def _place(self) -> None:
+        self.vectors = self.vectors.to(self.device)
+        self.backbone = self.backbone.to(self.device)
+        self.heads = {task: head.to(self.device) for task, head in self.heads.items()}
+        rest, read = self.vectors.rest, set(self.backbone.names)
+        self._fixed = {n: self._on_device(t.float()) for n, t in rest.items() if n in read}
+
+    @torch.no_grad()
+    def _merge_for_evaluation(self) -> None:
+        self._place()
+        self._weights = self.weights(self.coefficients())
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def _world_size(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
+
+
+def _difference(saved: Any, ours: Any) -> str:
+    if isinstance(saved, dict):
+        keys = [key for key in {**saved, **ours} if saved.get(key) != ours.get(key)]
+        return f"{', '.join(keys)} changed"
+    return f"it has {shortlist(saved, 3)}; here are {shortlist(ours, 3)}"

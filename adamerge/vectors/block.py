@@ -1,0 +1,98 @@
+"""What a stored form of task vectors must offer, and the one autograd rule that serves every form.
+
+The loss depends on a merging coefficient only through the merged weights, so
+
+    d loss / d coefficient[t] = < d loss / d weights, vector[t] >
+
+and a form that can combine its vectors and project a gradient onto them can be trained; it is never
+expanded.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Block(Protocol):
+    """The base tensor and the T task vectors of one parameter, in some stored form."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the base tensor and the stored vectors occupy."""
+        ...
+
+    def combine(self, coefficients: Float[Tensor, " task"]) -> Float[Tensor, "*param"]:
+        """Give base + sum over tasks of coefficient x vector, in fp32."""
+        ...
+
+    def project(self, gradient: Float[Tensor, "*param"]) -> Float[Tensor, " task"]:
+        """Give the inner product of a gradient with each task's vector: combine's adjoint, in fp32."""
+        ...
+
+    def base_tensor(self) -> Float[Tensor, "*param"]:
+        """Give the base tensor in its source dtype."""
+        ...
+
+    def dense(self) -> Float[Tensor, "task *param"]:
+        """Expand all vectors to fp32: the reference that tests and static methods use."""
+        ...
+
+    def to(self, device: torch.device) -> "Block":
+        """Give the same block on a device (itself where it is there already)."""
+        ...
+
+
+class Codec(Protocol):
+    """Chooses the stored form of one parameter's task vectors."""
+
+    @property
+    def name(self) -> str:
+        """The codec's name in configurations and reports."""
+        ...
+
+    def encode(self, base: Float[Tensor, "*param"], vectors: Float[Tensor, "task *param"]) -> Block:
+        """Store one parameter's fp32 task vectors beside its base tensor.
+
+        Raises:
+            OverflowError: A value does not fit the stored form.
+        """
+        ...
+
+
+class Merge(torch.autograd.Function):
+    """Coefficients to merged weights, for any list of blocks; keeps no tensor for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, coefficients: Float[Tensor, "task tensor"], blocks: Sequence[Block]
+    ) -> tuple[Tensor, ...]:
+        """Combine every block with its own column of coefficients."""
+        ctx.blocks = blocks
+        ctx.set_materialize_grads(False)
+        columns = coefficients.unbind(1)
+        return tuple(b.combine(column) for b, column in zip(blocks, columns, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]  # torch declares Any
+        """Project each weight's gradient onto its block's vectors."""
+        return project(ctx.blocks, gradients), None
+
+
+def project(
+    blocks: Sequence[Block], gradients: Sequence[Tensor | None]
+) -> Float[Tensor, "task tensor"] | None:
+    """Collect every block's projection; a weight without gradient contributes zeros.
+
+    Returns:
+        d loss / d coefficients, fp32; None where no weight has a gradient.
+    """
+    with torch.no_grad():
+        columns = [None if g is None else b.project(g) for b, g in zip(blocks, gradients, strict=True)]
+    known = next((column for column in columns if column is not None), None)
+    if known is None:
+        return None
+    zeros = torch.zeros_like(known)
+    return torch.stack([zeros if column is None else column for column in columns], dim=1)

@@ -1,0 +1,95 @@
+"""Task vectors stored entry by entry, in fp32, bf16 or fp16."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CODEC_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHUNK = 2**21  # half-precision vectors are widened piece by piece: 8 MiB a task at most
+
+
+@dataclass(frozen=True, slots=True)
+class DenseBlock:
+    """One parameter's base tensor and its T task vectors.
+
+    Args:
+        base: ``[*param]`` in its source dtype.
+        vectors: ``[task, *param]`` in the codec's dtype.
+    """
+
+    base: Tensor
+    vectors: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the base tensor and of all vectors."""
+        return self.base.nbytes + self.vectors.nbytes
+
+    def combine(self, coefficients: Float[Tensor, " task"]) -> Float[Tensor, "*param"]:
+        """Give base + sum over tasks of coefficient x vector, in fp32."""
+        row = coefficients.float()[None, None]
+        base = self.base.reshape(1, 1, -1)
+        merged = base.new_empty(base.shape, dtype=torch.float32)
+        for span, vectors in self._pieces():
+            piece = base[..., span].float()
+            torch.baddbmm(piece, row, vectors[None], out=merged[..., span])
+        return merged.reshape(self.base.shape)
+
+    def project(self, gradient: Float[Tensor, "*param"]) -> Float[Tensor, " task"]:
+        """Give the inner product of a gradient with each task's vector, in fp32."""
+        flat = gradient.reshape(-1).float()
+        total = flat.new_zeros(len(self.vectors))
+        for span, vectors in self._pieces():
+            total += vectors @ flat[span]
+        return total
+
+    def base_tensor(self) -> Float[Tensor, "*param"]:
+        """Give the base tensor in its source dtype."""
+        return self.base
+
+    def dense(self) -> Float[Tensor, "task *param"]:
+        """Give the vectors in fp32."""
+        return self.vectors.float()
+
+    def to(self, device: torch.device) -> "DenseBlock":
+        """Give the block on a device."""
+        return DenseBlock(self.base.to(device), self.vectors.to(device))
+
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Walk ``[task, piece]`` views in fp32: whole where stored so, else widened in chunks."""
+        flat = self.vectors.flatten(1) if self.vectors.dim() > 1 else self.vectors[:, None]
+        size = flat.shape[1]
+        step = max(size, 1) if flat.dtype == torch.float32 else _CHUNK
+        for start in range(0, size, step):
+            span = slice(start, min(start + step, size))
+            yield span, flat[:, span].float()
+
+
+@dataclass(frozen=True)
+class DenseCodec:
+    """Stores task vectors entry by entry.
+
+    Args:
+        dtype: Stored dtype; subtraction and all products are in fp32 whatever it is.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        """The codec's name in configurations and reports."""
+        return next(name for name, dtype in CODEC_DTYPES.items() if dtype == self.dtype)
+
+    def encode(self, base: Float[Tensor, "*param"], vectors: Float[Tensor, "task *param"]) -> DenseBlock:
+        """Round the vectors to the stored dtype.
+
+        Raises:
+            OverflowError: A vector has an entry that the dtype cannot hold.
+        """
+        stored = vectors.to(self.dtype)
+        if self.dtype == torch.float16 and not torch.isfinite(stored).all():
+            raise OverflowError(f"a task vector reaches {vectors.abs().max():.4g}")
+        return DenseBlock(base, stored)
