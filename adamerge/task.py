@@ -14,7 +14,7 @@ from adamerge.coefficients import Coefficients, Learned
 from adamerge.data.datasets import Images
 from adamerge.data.module import Batch, MultiTaskData
 from adamerge.errors import InputError, NumericError, shortlist
-from adamerge.models import Backbone, Head, predict_all
+from adamerge.models import Backbone, Head, accuracy, predict_all
 from adamerge.objectives import Entropy, Objective, entropy_of
 from adamerge.progress import track
 from adamerge.state import State
@@ -260,6 +260,27 @@ class MergeTask(pl.LightningModule):
         p = self.logits(self._weights, task, batch["images"]).softmax(-1)
         probability, label = p.max(-1)
         return {"task": task, "index": batch["index"], "class": label, "probability": probability}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Give top-1 accuracy in percent on each task's test images, without a trainer loop."""
+        self._place()
+        weights = self.weights(self.coefficients())
+        return {task: self._accuracy_of(weights, task) for task in self.data.tested_tasks}
+
+    @torch.no_grad()
+    def evaluate_experts(self) -> dict[str, float]:
+        """Give each expert's accuracy in percent on its own task's test images."""
+        self._place()
+        return {
+            task: self._accuracy_of(self.weights(self._on_device(self.vectors.one_hot(task))), task)
+            for task in track(self.data.tested_tasks, "Evaluating the experts")
+        }
+
+    def _accuracy_of(self, weights: State, task: str) -> float:
+        images = self.data.test(task)
+        assert images.labels is not None  # `test` loads them or raises
+        return accuracy(self._walk(weights, task, images), images.labels)
 
     # ---- plumbing ----------------------------------------------------------------------------------
 

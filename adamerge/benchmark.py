@@ -1,0 +1,157 @@
+"""A table of methods on one benchmark: each row computed once, resumable, all written together."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from adamerge import provenance
+from adamerge.atomic import atomic_folder
+from adamerge.data.module import MultiTaskData
+from adamerge.data.tasks import TaskSpec
+from adamerge.errors import InputError, nearest
+from adamerge.fitting import locate, open_vectors, run
+from adamerge.models import Head, OpenClipBackbone, accuracy, predict_all, zero_shot_heads
+from adamerge.plots import accuracy_bars, save_picture
+from adamerge.progress import console
+from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
+from adamerge.state import State
+from adamerge.static import METHODS, merge
+from adamerge.vectors import TaskVectors
+
+_BOUNDS = ("zero_shot", "individual")
+
+
+def configs() -> Path:
+    """Folder of the configuration files: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
+
+
+class Benchmark:
+    """Runs methods on one benchmark.
+
+    Args:
+        config: The benchmark's YAML file: base, experts and tasks.
+        out: Folder of the table; each method has a run folder under ``out/methods``.
+    """
+
+    def __init__(self, config: Path, out: Path) -> None:
+        self.config, self.out = config, out
+        document = yaml.safe_load(config.read_text(encoding="utf-8"))
+        self.base: str = document["model"]["base"]
+        self.experts: dict[str, str] = document["model"]["experts"]
+        data: dict[str, Any] = document["data"]
+        tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
+        self.data = MultiTaskData(tasks, **data)
+
+    def run(
+        self, methods: Sequence[str], extra: Mapping[str, Sequence[str]] | None = None
+    ) -> list[ResultRow]:
+        """Compute all rows; those that an earlier run finished are read.
+
+        Args:
+            methods: Names: "zero_shot", "individual", a static method, or a file of configs/methods.
+            extra: More command line arguments of adaptive methods, by name.
+
+        Returns:
+            The rows, with normalised means.
+        """
+        rows = [self._row(method, (extra or {}).get(method, ())) for method in methods]
+        individual = next((row.accuracy for row in rows if row.method == "individual"), None)
+        return [_normalized(row, individual) for row in rows]
+
+    def write(self, rows: Sequence[ResultRow], title: str) -> None:
+        """Write and print the table, and draw the bars."""
+        write_table(self.out, rows)
+        save_picture(self.out / "accuracy.png", lambda: accuracy_bars(rows))
+        print_table(rows, title)
+
+    def folder(self, method: str) -> Path:
+        """Give the run folder of a method."""
+        return self.out / "methods" / method
+
+    def _row(self, method: str, extra: Sequence[str]) -> ResultRow:
+        result = self.folder(method) / "result.json"
+        if result.exists():
+            row = read_row(result)
+            if row.provenance.get("code") == provenance.code_version():
+                console.print(f"{method}: done before")
+                return row
+        if method in _BOUNDS or method in METHODS:
+            row = make_row(method, self._static(method), provenance={"code": provenance.code_version()})
+            write_row(result, row)
+            console.print(f"{method}: {row.mean:.1f}")
+            return row
+        self._adapt(method, extra)
+        return read_row(result)
+
+    def _adapt(self, method: str, extra: Sequence[str]) -> None:
+        """Run `adamerge fit`, from its last checkpoint if it was interrupted."""
+        known = {path.stem: path for path in (configs() / "methods").glob("*.yaml")}
+        if method not in known:
+            raise InputError(f"method {method!r} is unknown.", nearest(method, [*known, *METHODS, *_BOUNDS]))
+        folder = self.folder(method)
+        resume = ["--ckpt_path", "last"] if self._can_resume(folder) else ["--overwrite", "true"]
+        files = ["--config", str(self.config), "--config", str(known[method])]
+        run(["fit", *files, "--run_dir", str(folder), "--evaluate_experts", "false", *resume, *extra])
+
+    def _can_resume(self, folder: Path) -> bool:
+        inputs = folder / "inputs.json"
+        if not inputs.exists() or not (folder / "checkpoints" / "last.ckpt").exists():
+            return False
+        return yaml.safe_load(inputs.read_text())["code"] == provenance.code_version()
+
+    def _static(self, method: str) -> dict[str, float]:
+        if method == "individual":
+            hot = {task: self._vectors.one_hot(task) for task in self._vectors.tasks}
+            return {t: self._accuracy(self._vectors.state(hot[t]), t) for t in self.data.tested_tasks}
+        state = self._vectors.base_state() if method == "zero_shot" else merge(self._vectors, method)
+        return {task: self._accuracy(state, task) for task in self.data.tested_tasks}
+
+    def _accuracy(self, state: State, task: str) -> float:
+        weights = {name: state[name].float() for name in self._backbone.names}
+        images = self.data.test(task)
+        labels = images.labels
+        assert isinstance(labels, Tensor)  # test images have labels, or loading them failed
+        logits = predict_all(weights, self._backbone, self._heads[task], self.data.loader(images))
+        return accuracy(logits, labels)
+
+    @cached_property
+    def _opened(self) -> tuple[TaskVectors, OpenClipBackbone]:
+        vectors, backbone = open_vectors(self.base, self.experts)
+        self.data.preprocess = backbone.preprocess
+        return vectors, backbone
+
+    @property
+    def _vectors(self) -> TaskVectors:
+        return self._opened[0]
+
+    @property
+    def _backbone(self) -> OpenClipBackbone:
+        return self._opened[1]
+
+    @cached_property
+    def _heads(self) -> dict[str, Head]:
+        return zero_shot_heads(locate(self.base), self.data.tasks)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, replacing the old copy once the new one is complete."""
+    with atomic_folder(target, overwrite=True) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def _normalized(row: ResultRow, individual: Mapping[str, float] | None) -> ResultRow:
+    return make_row(
+        row.method,
+        row.accuracy,
+        individual,
+        transductive=row.transductive,
+        notes=row.notes,
+        provenance=row.provenance,
+    )

@@ -1,0 +1,122 @@
+"""The `adamerge` command: answers --help at once, and imports what a subcommand needs only then."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from adamerge import __version__
+from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest
+
+_LIGHTNING = ("fit", "validate", "test", "predict")
+_COMMANDS = {
+    "fit": "learn merging coefficients on unlabelled inputs, evaluate, write the merged model",
+    "validate": "label-free measures on held-out adaptation images (--ckpt_path last)",
+    "test": "accuracy on labelled test images (--ckpt_path last)",
+    "predict": "class and probability of each image (--ckpt_path last)",
+    "demo": "merge the shipped experts by every method; writes runs/demo/",
+    "verify": "re-hash a finished run: adamerge verify RUN",
+    "reproduce": "run a finished run again and compare: adamerge reproduce RUN",
+}
+_USAGE = "usage: adamerge [--help] [--version] COMMAND ..."
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Without the program's name; default: those of the process.
+
+    Returns:
+        0 done; 2 wrong configuration or input; 3 wrong data; 4 a value stopped being finite; 5 the
+        machine lacks something; 130 interrupted, can be resumed.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(given)
+    except AdamergeError as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain(_how_to_resume(given), INTERRUPTED)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
+            return _complain(_how_to_resume(given), INTERRUPTED)
+        raise
+    except Exception as error:
+        known = _known_problem(error)
+        if known is None or os.environ.get("ADAMERGE_TRACEBACK"):
+            raise
+        return _complain(str(known), known.exit_code)
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        _print_help()
+        return 0
+    if given[0] in ("-V", "--version"):
+        sys.stdout.write(f"adamerge {__version__}\n")
+        return 0
+    name, rest = given[0], given[1:]
+    if name not in _COMMANDS:
+        raise InputError(f"there is no command {name!r}.", nearest(name, _COMMANDS))
+    if name in _LIGHTNING:
+        from adamerge.fitting import run
+
+        run([name, *rest])
+        return 0
+    return _run_function(name, rest)
+
+
+def _run_function(name: str, rest: list[str]) -> int:
+    """Run a plain function of `adamerge.commands`, whose signature is its command line."""
+    from jsonargparse import ArgumentParser
+
+    from adamerge import commands
+    from adamerge.explain import explain
+
+    function: Callable[..., int] = getattr(commands, name)
+    parser = ArgumentParser(prog=f"adamerge {name}", description=function.__doc__, exit_on_error=False)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    try:
+        options = parser.parse_args(rest)
+    except Exception as error:
+        raise InputError(*explain(str(error), parser.get_defaults().keys(), ())) from error
+    return function(**options.as_dict())
+
+
+def _print_help() -> None:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in _COMMANDS.items()]
+    sys.stdout.write(
+        "\n".join([_USAGE, "", "Learns how to merge fine-tuned models on unlabelled data.", "", *lines])
+        + "\n\nadamerge COMMAND --help tells a command's options.\n"
+    )
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"adamerge: {message}\n")
+    return code
+
+
+def _how_to_resume(given: list[str]) -> str:
+    if given[:1] != ["fit"]:
+        return f"interrupted. Start again with: adamerge {' '.join(given)}"
+    resumed = given if "--ckpt_path" in given else [*given, "--ckpt_path", "last"]
+    return f"interrupted; the last step is saved. Resume with: adamerge {' '.join(resumed)}"
+
+
+def _known_problem(error: Exception) -> AdamergeError | None:
+    """Translate what our libraries raise for causes that a user can mend."""
+    text = str(error)
+    if "No supported gpu backend found" in text or "No CUDA GPUs are available" in text:
+        return EnvironmentProblem("a GPU was asked for, and there is none.", "Add --trainer.accelerator cpu")
+    if type(error).__name__ == "OutOfMemoryError":
+        return EnvironmentProblem(
+            "the GPU's memory is full.",
+            "Lower data.batch_size or model.images_per_pass, or store vectors with --model.codec bf16.",
+        )
+    if "failed finding central directory" in text or "PytorchStreamReader" in text:
+        return InputError("the checkpoint to resume from is cut off or no checkpoint.", "Start afresh.")
+    if type(error).__name__ == "MisconfigurationException":
+        return InputError(text.splitlines()[0])
+    return None

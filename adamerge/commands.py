@@ -1,0 +1,124 @@
+"""Plain functions behind `adamerge COMMAND`: a signature is a command line, an integer an exit code."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import yaml
+from safetensors.torch import load_file
+
+from adamerge import provenance
+from adamerge.benchmark import Benchmark, configs, copy_folder
+from adamerge.checkpoints import open_checkpoint
+from adamerge.data.module import MultiTaskData
+from adamerge.data.tasks import TaskSpec
+from adamerge.errors import InputError, NumericError
+from adamerge.fitting import locate, run
+from adamerge.models import OpenClipBackbone
+from adamerge.progress import console
+from adamerge.results import read_row
+
+DEMO_METHODS = (
+    "zero_shot",
+    "individual",
+    "average",
+    "task_arithmetic",
+    "ties",
+    "adamerging_task_wise",
+    "adamerging_layer_wise",
+    "adamerging_pp_layer_wise",
+    "adamerging_layer_wise_kl",
+)
+_SHOWN = "adamerging_layer_wise_kl"
+
+
+def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
+    """Merge the shipped experts by static and adaptive methods, and show what was learned.
+
+    Args:
+        out: Folder of the table, pictures, curves and the merged model.
+        overwrite: Begin anew instead of continuing what an earlier demo began.
+    """
+    folder = Path(out)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    benchmark = Benchmark(configs() / "benchmarks" / "embedded.yaml", folder)
+    shown = benchmark.folder(_SHOWN)
+    logger = [
+        "--trainer.logger",
+        "adamerge.tracking.SafeWandbLogger",
+        "--trainer.logger.save_dir",
+        str(shown),
+    ]
+    rows = benchmark.run(DEMO_METHODS, {_SHOWN: logger})
+    for name in ("coefficients.png", "coefficients.csv", "curves.png", "curves.csv"):
+        shutil.copyfile(shown / name, folder / name)
+    copy_folder(shown / "merged", folder / "merged")
+    benchmark.write(rows, "adamerge demo: top-1 accuracy, %")
+    console.print(f"Table, pictures and the merged model are in {folder} (coefficients of {_SHOWN}).")
+    console.print(f'Load it without adamerge: open_clip.create_model("local-dir:{folder / "merged"}")')
+    return 0
+
+
+def verify(folder: str) -> int:
+    """Re-hash a finished run's files and the weights and images that it was made from.
+
+    Args:
+        folder: The run folder.
+    """
+    path = Path(folder)
+    problems = provenance.changed_files(path)
+    inputs = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
+    problems += [f"{name}: changed since the run" for name in _changed_inputs(inputs)]
+    if problems:
+        raise InputError(f"{folder} is not as it was written:\n" + "\n".join(problems))
+    console.print(f"{folder}: all files and inputs are as they were.")
+    return 0
+
+
+def reproduce(folder: str, tolerance: float = 0.0) -> int:
+    """Run a finished run again from its configuration, and compare coefficients and accuracies.
+
+    Args:
+        folder: The run folder.
+        tolerance: Largest difference of a coefficient that counts as equal.
+    """
+    path = Path(folder)
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        again = Path(scratch) / "again"
+        config["run_dir"] = str(again)
+        file = Path(scratch) / "config.yaml"
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        run(["fit", "--config", str(file)])
+        difference = _largest_difference(path, again)
+        before, now = read_row(path / "result.json"), read_row(again / "result.json")
+    console.print(f"largest difference of a coefficient: {difference:.3g}")
+    console.print(f"mean accuracy: {before.mean:.2f} before, {now.mean:.2f} now")
+    if difference > tolerance or before.accuracy != now.accuracy:
+        raise NumericError(f"{folder} was not reproduced.", "Compare `code` in both inputs.json files.")
+    return 0
+
+
+def _changed_inputs(inputs: dict[str, dict[str, dict[str, dict[str, str]]]]) -> list[str]:
+    """Hash base, experts and images again, and name those that differ."""
+    model, data = inputs["config"]["model"], dict(inputs["config"]["data"])
+    base = str(model["base"])
+    paths = {"base": locate(base)} | {t: locate(p) for t, p in model["experts"].items()}
+    weights = {name: open_checkpoint(p, role=name).file_digest() for name, p in paths.items()}
+    tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}  # type: ignore[arg-type]  # JSON
+    images = MultiTaskData(tasks)
+    images.preprocess = OpenClipBackbone(paths["base"]).preprocess
+    found = {"weights": weights, "data": images.fingerprint()}
+    return [
+        f"{kind} {name}"
+        for kind, digests in found.items()
+        for name, value in digests.items()
+        if value != inputs[kind].get(name)
+    ]
+
+
+def _largest_difference(a: Path, b: Path) -> float:
+    ours, theirs = (load_file(p / "coefficients.safetensors") for p in (a, b))
+    return max(float((ours[task] - theirs[task]).abs().max()) for task in ours)

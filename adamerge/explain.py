@@ -1,0 +1,74 @@
+"""Turns a parser's long complaint into the reason and the nearest valid key, in three lines at most."""
+
+import inspect
+import pydoc
+import re
+from collections.abc import Iterable
+
+from adamerge.errors import nearest
+
+_UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: --?([\w.]+)")
+_UNKNOWN_KEY = re.compile(
+    r"""(?:(?:[Kk]ey|Option) |does not accept option )['"]([\w.]+)['"](?: is not (?:expected|accepted))?$""",
+    re.M,
+)
+_NO_NESTED = re.compile(r"""Group ['"]([\w.]+)['"] does not accept nested key ['"]([\w.]+)['"]""")
+_PARSER_KEY = re.compile(r"""Parser key "([\w.]+)":""")
+_CLASS_PATH = re.compile(r"class_path '([\w.]+)'")
+_LITERAL = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
+_FOUND = re.compile(r"(?:Got|Given) value: (.*)")
+_EXPECTED = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
+_NO_IMPORT = re.compile(r"Expected a dot import path string: (\S+)|No module named '([\w.]+)'")
+_VALUES = re.compile(r"'([^']*)'")
+
+
+def explain(complaint: str, known_keys: Iterable[str], class_names: Iterable[str]) -> tuple[str, str]:
+    """Find what is wrong in jsonargparse's message.
+
+    Args:
+        complaint: The message.
+        known_keys: All keys that the configuration may have, with dots.
+        class_names: Names that may stand as a ``class_path``.
+
+    Returns:
+        The reason, and the hint (empty where there is none to give).
+    """
+    known_keys = list(known_keys)
+    place = _PARSER_KEY.search(complaint)
+    where = place[1] if place else ""
+    unknown = _UNKNOWN_ARGUMENT.search(complaint) or _UNKNOWN_KEY.search(complaint)
+    nested = _NO_NESTED.search(complaint)
+    if nested:
+        return f"unknown key {nested[1]}.{nested[2]}.", nearest(f"{nested[1]}.{nested[2]}", known_keys)
+    if unknown:
+        return _unknown_key(unknown[1], where, complaint, known_keys)
+    values = [value for literal in _LITERAL.findall(complaint) for value in _VALUES.findall(literal)]
+    found = _FOUND.search(complaint)
+    if values and found:
+        inner = _PARSER_KEY.findall(complaint)[-1]
+        key = where if inner == where else f"{where}.{inner}"
+        return f"{key}={found[1].strip()} is not a valid value.", nearest(found[1].strip(), values)
+    missing = _NO_IMPORT.search(complaint)
+    if missing:
+        name = missing[1] or missing[2]
+        return f"{where}: there is no class {name!r}.", nearest(name, class_names)
+    expected = _EXPECTED.search(complaint)
+    if expected:
+        kind = re.sub(r"<class '([\w.]+)'>", r"\1", expected[1])
+        value = expected[2].strip()
+        if value == "None":
+            return f"{where} is missing.", "Give it in a file: --config FILE.yaml"
+        return f"{where}: expected {kind}, found {value!r}.", ""
+    lines = [line.strip(" -") for line in complaint.splitlines() if line.strip()]
+    return " ".join(lines)[:300], ""
+
+
+def _unknown_key(key: str, where: str, complaint: str, known_keys: list[str]) -> tuple[str, str]:
+    """Look for the nearest key beside the unknown one: in its class, or in the whole configuration."""
+    owner = _CLASS_PATH.search(complaint)
+    target = pydoc.locate(owner[1]) if owner else None
+    if callable(target):
+        options = [name for name in inspect.signature(target).parameters if name != "self"]
+        return f"{where}: {owner[1] if owner else ''} has no option {key!r}.", nearest(key, options)
+    full = f"{where}.{key}" if where and not key.startswith(f"{where}.") else key
+    return f"unknown key {full}.", nearest(full, known_keys)

@@ -1,0 +1,299 @@
+"""`adamerge fit | validate | test | predict`: LightningCLI over configurations that add up."""
+
+import json
+import shutil
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
+
+from adamerge import callbacks, provenance, zoo
+from adamerge.atomic import write_text
+from adamerge.checkpoints import open_checkpoint
+from adamerge.coefficients import Coefficients
+from adamerge.data.module import MultiTaskData
+from adamerge.data.tasks import EMBEDDED, TaskSpec, resolve
+from adamerge.errors import InputError, nearest
+from adamerge.explain import explain
+from adamerge.models import OpenClipBackbone, zero_shot_heads
+from adamerge.models.open_clip import require_same_configuration
+from adamerge.objectives import Objective
+from adamerge.results import ResultRow, make_row, print_table, write_row
+from adamerge.static import edit as apply_edit
+from adamerge.task import MergeTask, published_adam
+from adamerge.vectors import TaskVectors
+
+
+def merge_task(
+    base: str,
+    experts: dict[str, str],
+    tasks: dict[str, TaskSpec],
+    *,
+    codec: str = "fp32",
+    edit: str | None = None,
+    edit_options: dict[str, Any] | None = None,
+    coefficients: Coefficients | None = None,
+    objective: Objective | None = None,
+    optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
+    images_per_pass: int = 16,
+    force: bool = False,
+) -> MergeTask:
+    """Open a base and its experts and compose a MergeTask.
+
+    Args:
+        base: The base's open_clip folder, or ``embedded:base``.
+        experts: Task name to the expert's folder, safetensors file, or ``embedded:TASK``.
+        tasks: The tasks' rows (taken from data.tasks).
+        codec: Stored form of the task vectors: fp32, bf16 or fp16.
+        edit: A task-vector edit to apply first, such as ties_trim.
+        edit_options: Options of the edit.
+        coefficients: What is learned; default: one coefficient per task and tensor, from 0.3.
+        objective: What is minimised; default: entropy.
+        optimizer: The optimizer; default: Adam at 1e-3.
+        images_per_pass: Small batches of several tasks share a forward pass up to this size.
+        force: Accept experts that look as if they came from another base.
+    """
+    vectors, backbone = open_vectors(base, experts, codec=codec, force=force)
+    if edit is not None:
+        vectors = apply_edit(vectors, edit, **(edit_options or {}))
+    heads = zero_shot_heads(locate(base), resolve(tasks))
+    return MergeTask(
+        vectors,
+        backbone,
+        heads,
+        coefficients,
+        objective,
+        optimizer=optimizer,
+        images_per_pass=images_per_pass,
+    )
+
+
+def open_vectors(
+    base: str, experts: Mapping[str, str], *, codec: str = "fp32", force: bool = False
+) -> tuple[TaskVectors, OpenClipBackbone]:
+    """Open task vectors beside the backbone that reads them.
+
+    Experts may lack what the image tower does not read, such as the text tower.
+    """
+    base_path = locate(base)
+    paths = {task: locate(path) for task, path in experts.items()}
+    backbone = OpenClipBackbone(base_path)
+    require_same_configuration(base_path, paths)
+    read = set(backbone.names)
+    unread = [name for name in open_checkpoint(base_path, role="base") if name not in read]
+    vectors = TaskVectors.open(base_path, paths, codec, allow_missing=unread, force=force)
+    return vectors, backbone
+
+
+def locate(path: str) -> Path:
+    """Give the path that a configuration names; ``embedded:NAME`` is in the package.
+
+    Raises:
+        InputError: No such embedded model.
+    """
+    if not path.startswith(EMBEDDED):
+        return Path(path)
+    shipped = {"base": zoo.base()} | zoo.experts()
+    name = path.removeprefix(EMBEDDED)
+    if name not in shipped:
+        raise InputError(f"embedded model {name!r} is unknown.", nearest(name, shipped))
+    return shipped[name]
+
+
+_CLASS_NAMES = (
+    *(
+        f"adamerge.{name}"
+        for name in ("Learned", "Entropy", "ReliableEntropy", "KLTeacher", "SharpnessAware")
+    ),
+    *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),
+)
+
+
+class RunCLI(LightningCLI):
+    """One run: its parser, its folder, its callbacks and what it leaves behind."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the run and not to the model."""
+        parser.link_arguments("data.tasks", "model.tasks")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.add_argument("--run_dir", type=str, default="runs/fit", help="Folder of the run.")
+        parser.add_argument("--method", type=str, default="adaptive", help="Name of the row in tables.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Replace an old run.")
+        parser.add_argument(
+            "--resume_anyway", type=bool, default=False, help="Resume although inputs have changed."
+        )
+        parser.add_argument("--save_every", type=int, default=10, help="Steps between checkpoints.")
+        parser.add_argument("--guard", type=callbacks.CollapseGuard, default={})
+        parser.add_argument(
+            "--evaluate_experts", type=bool, default=True, help="Needed for the normalised mean."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a complaint becomes the reason and the nearest valid key."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            command = next((a for a in args if a in self.subcommands()), "fit")
+            known = self._parser(command).get_defaults(skip_validation=True).keys()
+            raise InputError(*explain(str(error), known, _CLASS_NAMES)) from error
+
+    @property
+    def settings(self) -> Any:
+        """The resolved configuration of the subcommand."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @cached_property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.settings.run_dir)
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the run folder before any work."""
+        if self.subcommand == "fit":
+            self._claim_folder()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add the callbacks and paths that every run has."""
+        kwargs.setdefault("default_root_dir", str(self.folder))
+        kwargs["callbacks"] = [*kwargs.get("callbacks", []), *self._callbacks()]
+        if self.subcommand == "fit":
+            kwargs["limit_val_batches"] = 0  # the guard looks at held-out images in its own rhythm
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self) -> list[pl.Callback]:
+        settings = self.settings
+        guard = self.config_init[self.subcommand].guard
+        checkpoint = ModelCheckpoint(
+            self.folder / "checkpoints",
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=settings.save_every,
+            save_on_exception=True,
+            enable_version_counter=False,
+        )
+        like = locate(settings.model.base)
+        return [
+            callbacks.StepBar(settings.method),
+            callbacks.Curves(self.folder),
+            guard,
+            callbacks.CoefficientReport(self.folder),
+            callbacks.MergedModel(self.folder / "merged", like, self._card()),
+            checkpoint,
+        ]
+
+    def before_fit(self) -> None:
+        """Write the resolved configuration and the digests of all inputs; compare when resuming."""
+        self.datamodule.preprocess = self.model.backbone.preprocess
+        inputs = self._inputs()
+        path = self.folder / "inputs.json"
+        if self._is_resuming() and path.exists() and not self.settings.resume_anyway:
+            provenance.require_same_inputs(json.loads(path.read_text(encoding="utf-8")), inputs)
+        if self.trainer.is_global_zero:
+            write_text(self.folder / "config.yaml", self._resolved())
+            write_text(path, json.dumps(inputs, indent=2) + "\n")
+
+    def after_fit(self) -> None:
+        """Evaluate on labelled test images, and write the result row and the manifest."""
+        if self.trainer.is_global_zero and not self.trainer.interrupted:
+            row = self.result()
+            write_row(self.folder / "result.json", row)
+            provenance.write_manifest(self.folder)
+            print_table([row], str(self.folder))
+
+    def after_test(self) -> None:
+        """Print the row."""
+        accuracy = getattr(self.model, "accuracy", {})
+        if accuracy:
+            print_table([make_row(self.settings.method, accuracy)], str(self.folder))
+
+    def result(self) -> ResultRow:
+        """Evaluate the merged model, and the experts if the normalised mean is wanted."""
+        task, data = self.model, self.datamodule
+        accuracy = task.evaluate()
+        individual = task.evaluate_experts() if self.settings.evaluate_experts else None
+        guard = next(c for c in self.trainer.callbacks if isinstance(c, callbacks.CollapseGuard))
+        shared = [name for name, count in data.transductive().items() if count]
+        return make_row(
+            self.settings.method,
+            accuracy,
+            individual,
+            transductive=shared,
+            notes=[guard.verdict] if guard.verdict else [],
+            provenance=json.loads((self.folder / "inputs.json").read_text(encoding="utf-8")),
+        )
+
+    def _claim_folder(self) -> None:
+        """Refuse to mix two runs in one folder."""
+        started = (self.folder / "config.yaml").exists()
+        if not started or self._is_resuming():
+            return
+        if not self.settings.overwrite:
+            raise InputError(
+                f"{self.folder} holds a run already.",
+                "Resume it with --ckpt_path last, replace it with --overwrite true, or choose --run_dir.",
+            )
+        shutil.rmtree(self.folder)
+
+    def _is_resuming(self) -> bool:
+        return bool(self.settings.get("ckpt_path"))
+
+    def _inputs(self) -> dict[str, Any]:
+        return {
+            "weights": dict(self.model.vectors.digests),
+            "data": self.datamodule.fingerprint(),
+            "config": yaml.safe_load(self._resolved()),
+            "code": provenance.code_version(),
+        }
+
+    def _resolved(self) -> str:
+        config = self.settings.clone()
+        for name in ("ckpt_path", "config", "overwrite", "resume_anyway"):
+            config.pop(name, None)
+        return self._parser(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
+
+    def _card(self) -> str:
+        model = self.settings.model
+        return provenance.model_card(
+            self.settings.method, model.base, dict(model.experts), yaml.safe_load(self._resolved())
+        )
+
+
+def run(args: Sequence[str]) -> RunCLI:
+    """Run one subcommand with these command line arguments.
+
+    Raises:
+        AdamergeError: Something that we can name is wrong.
+        jsonargparse.ArgumentError: A key or value of the configuration is wrong.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[\\s\\S]*deprecated in v4")  # Lightning's own calls
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # likewise
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data are in memory
+        return RunCLI(
+            merge_task,
+            MultiTaskData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "logger": False,
+                "max_epochs": 1,
+                "max_steps": 500,
+                "devices": 1,
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "enable_progress_bar": False,
+            },
+            parser_kwargs={"exit_on_error": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args),
+        )

@@ -1,0 +1,105 @@
+"""Where a result comes from: digests of its inputs and files, and the model card that tells it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import adamerge
+from adamerge.atomic import write_text
+from adamerge.errors import InputError, shortlist
+
+MANIFEST = "manifest.json"
+_VOLATILE = ("wandb",)  # W&B goes on writing to its folder
+
+
+def code_version() -> dict[str, str]:
+    """Give version and digest of adamerge's own source, and versions of what computes."""
+    from importlib.metadata import version
+
+    package = Path(adamerge.__file__).parent
+    total = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        total.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    libraries = {name: version(name) for name in ("torch", "pytorch-lightning", "open_clip_torch")}
+    return {"adamerge": adamerge.__version__, "source": total.hexdigest(), **libraries}
+
+
+def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume a run whose configuration, weights or data have changed.
+
+    Raises:
+        InputError: What changed.
+    """
+    old, new = _flatten({k: before[k] for k in before if k != "code"}), _flatten(dict(now))
+    changed = [key for key in old if old[key] != new.get(key)]
+    changed += [key for key in new if key not in old and not key.startswith("code")]
+    changed = [key for key in changed if key not in ("config.trainer.max_steps",)]  # more steps are fine
+    if changed:
+        found = [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
+        raise InputError(
+            f"this run cannot be resumed, its inputs changed: {shortlist(found, 3)}.",
+            "Restore them, or pass --resume_anyway true.",
+        )
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the SHA-256 of every file of a finished run."""
+    write_text(folder / MANIFEST, json.dumps(_hashes(folder), indent=2) + "\n")
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Compare a run's files with its manifest.
+
+    Returns:
+        One line per file that is missing or differs.
+
+    Raises:
+        InputError: The folder has no manifest.
+    """
+    if not (folder / MANIFEST).exists():
+        raise InputError(f"{folder} has no {MANIFEST}.", "Only a finished run can be verified.")
+    expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found = _hashes(folder)
+    return [
+        f"{name}: {'missing' if name not in found else 'changed'}"
+        for name in expected
+        if found.get(name) != expected[name]
+    ]
+
+
+def model_card(method: str, base: str, experts: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Write a model card in the hub's form: front matter, what was merged, and how."""
+    front = {"tags": ["merge", "adamerge"], "base_model": [base, *experts.values()]}
+    front["base_model_relation"] = "merge"
+    listed = "\n".join(f"- {task}: `{path}`" for task, path in experts.items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# Merged by adamerge {adamerge.__version__}: {method}\n\n"
+        f"Base: `{base}`\n\nExperts:\n\n{listed}\n\n"
+        "The weights are one static model in the base's own layout; they load without adamerge.\n\n"
+        f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    relative = {p: p.relative_to(folder) for p in files}
+    return {
+        name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path, name in relative.items()
+        if name.parts[0] not in _VOLATILE
+    }
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, part in tree.items()
+        for key, value in _flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

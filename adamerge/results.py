@@ -1,0 +1,118 @@
+"""Rows of results to tables: terminal, Markdown, CSV and JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adamerge.atomic import write_text
+
+
+@dataclass
+class ResultRow:
+    """One method's line in a table.
+
+    Attributes:
+        method: Name of the method.
+        accuracy: Top-1 accuracy in percent by task (micro average, task known).
+        mean: Plain mean over tasks.
+        normalized_mean: Mean of accuracy / the own expert's accuracy, in percent; None where the
+            experts were not evaluated.
+        transductive: Tasks whose test images were among the adaptation images.
+        notes: Anything a reader of the row must know: stopped early, rolled back, ...
+        provenance: Digests of base, experts, data, configuration and code version.
+    """
+
+    method: str
+    accuracy: dict[str, float]
+    mean: float
+    normalized_mean: float | None = None
+    transductive: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def make_row(
+    method: str, accuracy: Mapping[str, float], individual: Mapping[str, float] | None = None, **more: Any
+) -> ResultRow:
+    """Make a row, with its means.
+
+    Args:
+        method: Name of the method.
+        accuracy: Percent by task.
+        individual: The experts' own accuracies, for the normalised mean.
+        more: Other attributes of `ResultRow`.
+    """
+    mean = sum(accuracy.values()) / len(accuracy)
+    normalized = None
+    if individual and all(individual.get(task) for task in accuracy):
+        normalized = sum(100 * accuracy[t] / individual[t] for t in accuracy) / len(accuracy)
+    return ResultRow(method, dict(accuracy), mean, normalized, **more)
+
+
+def write_row(path: Path, row: ResultRow) -> None:
+    """Write one row as JSON."""
+    write_text(path, json.dumps(asdict(row), indent=2) + "\n")
+
+
+def read_row(path: Path) -> ResultRow:
+    """Read a row that `write_row` wrote."""
+    return ResultRow(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_table(folder: Path, rows: Sequence[ResultRow], stem: str = "results") -> None:
+    """Write the table as Markdown, CSV and JSON."""
+    tasks = _tasks_of(rows)
+    document = {"tasks": tasks, "rows": [asdict(row) for row in rows]}
+    write_text(folder / f"{stem}.json", json.dumps(document, indent=2) + "\n")
+    header, *lines = table_lines(rows)
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([header, *lines])
+    write_text(folder / f"{stem}.csv", stream.getvalue())
+    write_text(folder / f"{stem}.md", _markdown(header, lines))
+
+
+def table_lines(rows: Sequence[ResultRow]) -> list[list[str]]:
+    """Give header and lines of the table as text; ``*`` marks a transductive accuracy."""
+    tasks = _tasks_of(rows)
+    lines = [["method", *tasks, "mean", "normalized"]]
+    for row in rows:
+        cells = [_percent(row.accuracy.get(t)) + "*" * (t in row.transductive) for t in tasks]
+        lines.append([row.method, *cells, _percent(row.mean), _percent(row.normalized_mean)])
+    return lines
+
+
+def print_table(rows: Sequence[ResultRow], title: str) -> None:
+    """Print the table to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, *lines = table_lines(rows)
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    if any(row.transductive for row in rows):
+        console.print("* transductive: the test images were among the adaptation images")
+    for row in rows:
+        for note in row.notes:
+            console.print(f"{row.method}: {note}")
+
+
+def _tasks_of(rows: Iterable[ResultRow]) -> list[str]:
+    return list(dict.fromkeys(task for row in rows for task in row.accuracy))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (header, ruler, *lines))
