@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from adamerge.coefficients import Learned
     from adamerge.data.module import MultiTaskData
     from adamerge.data.tasks import TaskSpec
+    from adamerge.errors import InputError
     from adamerge.models import Head, ModuleBackbone, OpenClipBackbone
     from adamerge.objectives import Entropy, KLTeacher, ReliableEntropy, SharpnessAware
     from adamerge.static import edit, merge
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Entropy": "objectives",
     "Head": "models",
+    "InputError": "errors",
     "KLTeacher": "objectives",
     "Learned": "coefficients",
     "MergeTask": "task",
@@ -40,6 +42,7 @@ _HOME = {
 __all__ = [
     "Entropy",
     "Head",
+    "InputError",
     "KLTeacher",
     "Learned",
     "MergeTask",

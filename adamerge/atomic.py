@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 
 from adamerge.errors import EnvironmentProblem, InputError
@@ -87,13 +88,17 @@ def _fresh_temporary(target: Path) -> Path:
     """Make the parent folder, sweep what dead processes left, and name a temporary path."""
     with _named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{target.name}.tmp-*"):
-            if not _is_alive(int(stale.name.rsplit("-", 1)[1])):
+        for stale in target.parent.glob(f".{escape(target.name)}.tmp-*"):
+            pid = stale.name.rsplit("-", 1)[1]
+            if pid.isdigit() and not _is_another_process(int(pid)):
                 _remove(stale)
     return target.parent / f".{target.name}.tmp-{os.getpid()}"
 
 
-def _is_alive(pid: int) -> bool:
+def _is_another_process(pid: int) -> bool:
+    """Tell whether a living process other than this one has the id; in a container, ids repeat."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -130,7 +135,7 @@ def _share(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -143,7 +148,9 @@ def _named_disk_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reasons = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only"}
-        reasons |= {errno.EACCES: "permission was denied", errno.ENOTDIR: "a parent is a file"}
+        reasons |= {errno.EACCES: "permission was denied", errno.EDQUOT: "the disk quota is used up"}
+        reasons |= {errno.ENOTDIR: "a parent is a file", errno.EEXIST: "a parent is a file"}
+        reasons |= {errno.EISDIR: "a folder has that name"}
         number = getattr(error, "errno", None)
         if number is None and "No space left" in str(error):
             number = errno.ENOSPC

@@ -20,6 +20,7 @@ from adamerge.objectives import entropy_of
 from adamerge.plots import heat_map, learning_curves, save_picture
 from adamerge.progress import console
 from adamerge.task import MergeTask
+from adamerge.tracking import SafeWandbLogger
 
 
 class Curves(pl.Callback):
@@ -131,7 +132,7 @@ class CoefficientReport(pl.Callback):
         for name, row in zip(task.vectors.tasks, values, strict=True):
             task.log_dict({f"coef/{name}/{k}": getattr(row, k)() for k in ("mean", "min", "max")})
         for logger in trainer.loggers:
-            if hasattr(logger, "log_coefficients"):
+            if isinstance(logger, SafeWandbLogger):
                 logger.log_coefficients(task.vectors.tasks, groups, values, trainer.global_step)
 
 
@@ -169,6 +170,9 @@ class MergedModel(pl.Callback):
             save(state, self.folder, like=self.like, overwrite=True, card=self.card)
 
 
+_FEWEST = 16
+
+
 class Signs(NamedTuple):
     """Label-free signs of a task's health, on held-out adaptation images.
 
@@ -199,7 +203,8 @@ class CollapseGuard(pl.Callback):
 
     No label is read. A task has collapsed when its predictions crowd into one class as its expert's do
     not (``top_share``), when its mean prediction loses its spread (``marginal``), or when it agrees with
-    its expert clearly less often than before adaptation. Best means the highest mean agreement.
+    its expert clearly less often than before adaptation. Best means the highest mean agreement. Tasks with
+    fewer than 16 held-out images are not judged: their shares are noise.
 
     Args:
         every_n_steps: How often to look; 0 turns the guard off.
@@ -230,14 +235,16 @@ class CollapseGuard(pl.Callback):
         if not self.every_n_steps:
             return
         for task in pl_module.data.tasks:
+            if len(pl_module.data.held_out(task)) < _FEWEST:
+                continue
             self._expert[task] = pl_module.expert_logits(task, self._images(pl_module, task))
-        if not self._start:
+        if self._expert and not self._start:
             self._start = self._look(pl_module)
             self._remember(trainer, pl_module, self._start)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: MergeTask, *_: Any) -> None:  # type: ignore[override]  # ours only
         """Look now and then; stop and roll back at the first sign of collapse."""
-        if not self.every_n_steps or trainer.global_step % self.every_n_steps:
+        if not self._expert or trainer.global_step % self.every_n_steps:
             return
         signs = self._look(pl_module)
         pl_module.log("guard/agreement", _mean_agreement(signs))

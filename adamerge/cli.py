@@ -2,10 +2,12 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from adamerge import __version__
-from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest
+from adamerge.errors import AdamergeError, AdamergeWarning, EnvironmentProblem, InputError, nearest
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
 _COMMANDS = {
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine lacks something; 130 interrupted, can be resumed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    plain, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         return _dispatch(given)
     except AdamergeError as error:
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known is None or os.environ.get("ADAMERGE_TRACEBACK"):
             raise
         return _complain(str(known), known.exit_code)
+    finally:
+        warnings.formatwarning = plain
 
 
 def _dispatch(given: list[str]) -> int:
@@ -91,6 +96,12 @@ def _print_help() -> None:
         "\n".join([_USAGE, "", "Learns how to merge fine-tuned models on unlabelled data.", "", *lines])
         + "\n\nadamerge COMMAND --help tells a command's options.\n"
     )
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *_: Any) -> str:
+    """Show our own warnings as one plain line, without the source that raised them."""
+    kind = "" if issubclass(category, AdamergeWarning) else f"{category.__name__}: "
+    return f"adamerge: warning: {kind}{message}\n"
 
 
 def _complain(message: str, code: int) -> int:

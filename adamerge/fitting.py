@@ -1,6 +1,8 @@
 """`adamerge fit | validate | test | predict`: LightningCLI over configurations that add up."""
 
 import json
+import logging
+import os
 import shutil
 import warnings
 from argparse import ArgumentError
@@ -20,13 +22,14 @@ from adamerge.atomic import write_text
 from adamerge.checkpoints import open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import MultiTaskData
-from adamerge.data.tasks import EMBEDDED, TaskSpec, resolve
+from adamerge.data.tasks import EMBEDDED, TaskSpec
 from adamerge.errors import InputError, nearest
 from adamerge.explain import explain
 from adamerge.models import OpenClipBackbone, zero_shot_heads
 from adamerge.models.open_clip import require_same_configuration
 from adamerge.objectives import Objective
-from adamerge.results import ResultRow, make_row, print_table, write_row
+from adamerge.progress import console
+from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
 from adamerge.static import edit as apply_edit
 from adamerge.task import MergeTask, published_adam
 from adamerge.vectors import TaskVectors
@@ -64,7 +67,7 @@ def merge_task(
     vectors, backbone = open_vectors(base, experts, codec=codec, force=force)
     if edit is not None:
         vectors = apply_edit(vectors, edit, **(edit_options or {}))
-    heads = zero_shot_heads(locate(base), resolve(tasks))
+    heads = zero_shot_heads(locate(base), tasks)
     return MergeTask(
         vectors,
         backbone,
@@ -108,6 +111,13 @@ def locate(path: str) -> Path:
     return shipped[name]
 
 
+_NOISE = (
+    r"[\s\S]*deprecated in v4",  # Lightning 2.6 calls jsonargparse's old names
+    r".*LeafSpec.*",  # Lightning's own pytree helper
+    r".*does not have many workers.*",  # our images are in memory
+    r"Be aware that when using `ckpt_path`",  # evaluation needs none of the training's callbacks
+    r"LightningCLI's args parameter is intended",  # our front command has read the command line
+)
 _CLASS_NAMES = (
     *(
         f"adamerge.{name}"
@@ -148,7 +158,7 @@ class RunCLI(LightningCLI):
     @property
     def settings(self) -> Any:
         """The resolved configuration of the subcommand."""
-        return self.config[self.subcommand] if self.subcommand else self.config
+        return self.config[str(self.subcommand)]
 
     @cached_property
     def folder(self) -> Path:
@@ -159,18 +169,23 @@ class RunCLI(LightningCLI):
         """Look at the run folder before any work."""
         if self.subcommand == "fit":
             self._claim_folder()
+            return
+        if self.settings.ckpt_path == "last":
+            self.settings.ckpt_path = str(self._last_checkpoint())
+        if "verbose" in self.settings:
+            self.settings.verbose = False  # `after_validate` and `after_test` print a table of ours
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the callbacks and paths that every run has."""
         kwargs.setdefault("default_root_dir", str(self.folder))
-        kwargs["callbacks"] = [*kwargs.get("callbacks", []), *self._callbacks()]
         if self.subcommand == "fit":
+            kwargs["callbacks"] = [*kwargs.get("callbacks", []), *self._callbacks()]
             kwargs["limit_val_batches"] = 0  # the guard looks at held-out images in its own rhythm
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self) -> list[pl.Callback]:
         settings = self.settings
-        guard = self.config_init[self.subcommand].guard
+        guard = self.config_init[str(self.subcommand)].guard
         checkpoint = ModelCheckpoint(
             self.folder / "checkpoints",
             save_last=True,
@@ -202,24 +217,34 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Evaluate on labelled test images, and write the result row and the manifest."""
-        if self.trainer.is_global_zero and not self.trainer.interrupted:
+        if self.trainer.is_global_zero:
             row = self.result()
             write_row(self.folder / "result.json", row)
             provenance.write_manifest(self.folder)
             print_table([row], str(self.folder))
 
+    def after_validate(self) -> None:
+        """Print the label-free measures."""
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            console.print(f"{name}: {float(value):.4f}")
+
     def after_test(self) -> None:
         """Print the row."""
-        accuracy = getattr(self.model, "accuracy", {})
-        if accuracy:
-            print_table([make_row(self.settings.method, accuracy)], str(self.folder))
+        print_table([make_row(self.settings.method, self.model.accuracy)], str(self.folder))
+
+    def after_predict(self) -> None:
+        """Write ``predictions.csv``: one line per image."""
+        batches = [batch for loader in self.trainer.predict_loop.predictions for batch in loader]
+        path = self.folder / "predictions.csv"
+        write_predictions(path, batches, {t: spec.classes for t, spec in self.datamodule.tasks.items()})
+        console.print(f"Predictions are in {path}.")
 
     def result(self) -> ResultRow:
         """Evaluate the merged model, and the experts if the normalised mean is wanted."""
         task, data = self.model, self.datamodule
         accuracy = task.evaluate()
         individual = task.evaluate_experts() if self.settings.evaluate_experts else None
-        guard = next(c for c in self.trainer.callbacks if isinstance(c, callbacks.CollapseGuard))
+        guard = self.config_init[str(self.subcommand)].guard
         shared = [name for name, count in data.transductive().items() if count]
         return make_row(
             self.settings.method,
@@ -233,7 +258,8 @@ class RunCLI(LightningCLI):
     def _claim_folder(self) -> None:
         """Refuse to mix two runs in one folder."""
         started = (self.folder / "config.yaml").exists()
-        if not started or self._is_resuming():
+        is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not started or self._is_resuming() or not is_first_process:
             return
         if not self.settings.overwrite:
             raise InputError(
@@ -241,6 +267,14 @@ class RunCLI(LightningCLI):
                 "Resume it with --ckpt_path last, replace it with --overwrite true, or choose --run_dir.",
             )
         shutil.rmtree(self.folder)
+
+    def _last_checkpoint(self) -> Path:
+        path = self.folder / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            raise InputError(
+                f"{self.folder} has no checkpoint.", "Name the run: --run_dir RUN --ckpt_path last"
+            )
+        return path
 
     def _is_resuming(self) -> bool:
         return bool(self.settings.get("ckpt_path"))
@@ -273,10 +307,11 @@ def run(args: Sequence[str]) -> RunCLI:
         AdamergeError: Something that we can name is wrong.
         jsonargparse.ArgumentError: A key or value of the configuration is wrong.
     """
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # tips and remarks that no user needs
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="[\\s\\S]*deprecated in v4")  # Lightning's own calls
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # likewise
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data are in memory
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
         return RunCLI(
             merge_task,
             MultiTaskData,

@@ -62,7 +62,8 @@ def learning_curves(path: Path) -> "Figure":
         axes.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.legend(fontsize=7)
+    if columns:
+        axes.legend(fontsize=7)
     return figure
 
 

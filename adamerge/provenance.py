@@ -13,6 +13,14 @@ from adamerge.atomic import write_text
 from adamerge.errors import InputError, shortlist
 
 MANIFEST = "manifest.json"
+_HARMLESS = (  # they change how a run goes, or how long, but no step of it
+    "config.trainer.max_steps",
+    "config.trainer.logger",
+    "config.data.num_workers",
+    "config.data.eval_batch_size",
+    "config.save_every",
+    "config.run_dir",
+)
 _VOLATILE = ("wandb",)  # W&B goes on writing to its folder
 
 
@@ -37,7 +45,7 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
     old, new = _flatten({k: before[k] for k in before if k != "code"}), _flatten(dict(now))
     changed = [key for key in old if old[key] != new.get(key)]
     changed += [key for key in new if key not in old and not key.startswith("code")]
-    changed = [key for key in changed if key not in ("config.trainer.max_steps",)]  # more steps are fine
+    changed = [key for key in changed if not key.startswith(_HARMLESS)]
     if changed:
         found = [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
         raise InputError(
@@ -73,7 +81,7 @@ def changed_files(folder: Path) -> list[str]:
 
 def model_card(method: str, base: str, experts: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Write a model card in the hub's form: front matter, what was merged, and how."""
-    front = {"tags": ["merge", "adamerge"], "base_model": [base, *experts.values()]}
+    front: dict[str, Any] = {"tags": ["merge", "adamerge"], "base_model": [base, *experts.values()]}
     front["base_model_relation"] = "merge"
     listed = "\n".join(f"- {task}: `{path}`" for task, path in experts.items())
     return (

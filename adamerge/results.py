@@ -11,6 +11,9 @@ from typing import Any
 from adamerge.atomic import write_text
 
 
+_LOG_WIDTH = 160  # a file has no width of its own
+
+
 @dataclass
 class ResultRow:
     """One method's line in a table.
@@ -93,16 +96,40 @@ def print_table(rows: Sequence[ResultRow], title: str) -> None:
     header, *lines = table_lines(rows)
     table = Table(title=title)
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in lines:
         table.add_row(*line)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_LOG_WIDTH)
     console.print(table)
     if any(row.transductive for row in rows):
         console.print("* transductive: the test images were among the adaptation images")
     for row in rows:
         for note in row.notes:
             console.print(f"{row.method}: {note}")
+
+
+def write_predictions(
+    path: Path, batches: Iterable[Mapping[str, Any]], classes: Mapping[str, Sequence[str]]
+) -> None:
+    """Write one CSV line per image: task, index, class, class name, probability.
+
+    Args:
+        path: The file.
+        batches: With ``task``, and ``index``, ``class`` and ``probability`` of equal length.
+        classes: Class names by task; may be empty for a task.
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["task", "index", "class", "class_name", "probability"])
+    for batch in batches:
+        names = classes.get(batch["task"]) or ()
+        columns = (batch[key].tolist() for key in ("index", "class", "probability"))
+        for index, label, probability in zip(*columns, strict=True):
+            name = names[label] if label < len(names) else ""
+            writer.writerow([batch["task"], index, label, name, f"{probability:.6f}"])
+    write_text(path, stream.getvalue())
 
 
 def _tasks_of(rows: Iterable[ResultRow]) -> list[str]:

@@ -74,7 +74,8 @@ class MergeTask(pl.LightningModule):
         self.losses: dict[str, float] = {}
         self._teacher: dict[str, Tensor] = {}
         self._weights: State = {}
-        self._fixed: State = {}
+        self._fixed: dict[str, Tensor] = {}
+        self._entropies: dict[str, list[Tensor]] = {}
         self.accuracy: dict[str, float] = {}
         self._accuracy: dict[str, MulticlassAccuracy] = {}
 
@@ -234,12 +235,14 @@ class MergeTask(pl.LightningModule):
         """Measure entropy on held-out adaptation images, which have no labels."""
         task = tuple(self.data.tasks)[dataloader_idx]
         logits = self.logits(self._weights, task, batch["images"])
-        self.log(
-            f"val/entropy/{task}",
-            entropy_of(logits).mean(),
-            batch_size=len(logits),
-            add_dataloader_idx=False,
-        )
+        self._entropies.setdefault(task, []).append(entropy_of(logits))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log each task's mean entropy in nats, and the mean over tasks."""
+        means = {task: torch.cat(parts).mean() for task, parts in self._entropies.items()}
+        self.log_dict({f"val/entropy/{task}": mean for task, mean in means.items()})
+        self.log("val/entropy_mean", torch.stack(list(means.values())).mean())
+        self._entropies = {}
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure top-1 accuracy (micro average) on labelled test images, with the task known."""
@@ -352,7 +355,7 @@ class MergeTask(pl.LightningModule):
         saved = checkpoint.get(_CHECKPOINT_KEY)
         if saved is None:
             raise InputError("this checkpoint was not written by adamerge.")
-        ours = {"tasks": list(self.vectors.tasks), "groups": self.coefficients.table()[0]}
+        ours: dict[str, Any] = {"tasks": list(self.vectors.tasks), "groups": self.coefficients.table()[0]}
         ours["digests"] = dict(self.vectors.digests)
         for key, value in ours.items():
             if saved[key] != value:

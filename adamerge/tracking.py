@@ -12,8 +12,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 from jaxtyping import Float
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.loggers.logger import DummyExperiment, rank_zero_experiment
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor
 
 from adamerge.atomic import write_text
@@ -63,13 +64,13 @@ class SafeWandbLogger(WandbLogger):
         name: str | None = None,
         offline: bool | None = None,
     ) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
         try:
             import wandb
         except ImportError as error:
             raise EnvironmentProblem(
                 "the W&B logger needs wandb, which is not installed.", "pip install 'adamerge[wandb]'"
             ) from error
-        os.environ.setdefault("WANDB_SILENT", "true")
         self.failed = False
         offline = not can_go_online() if offline is None else offline
         folder = Path(save_dir)
@@ -101,7 +102,7 @@ class SafeWandbLogger(WandbLogger):
             except Exception as error:
                 self.failed = True
                 warnings.warn(f"W&B failed and is off for this run: {error}", AdamergeWarning, stacklevel=2)
-        return DummyExperiment()
+        return DummyLogger().experiment
 
     @_guarded
     def log_coefficients(

@@ -9,12 +9,13 @@ from urllib.parse import urlparse
 from adamerge.errors import EnvironmentProblem
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|npz|h5|gguf|onnx|json|ya?ml)$")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 def is_hub_id(text: str) -> bool:
     """Tell whether a text that is no local path has the form ``owner/name``."""
-    return bool(_HUB_ID.fullmatch(text)) and not text.startswith((".", "/")) and "." not in text[-12:]
+    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not _FILE.search(text)
 
 
 def fetch(repo_id: str, role: str) -> Path:

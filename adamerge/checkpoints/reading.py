@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,7 +118,10 @@ def _files_of(root: Path) -> tuple[Path, ...]:
 
 
 def _shards_of(root: Path) -> tuple[Path, ...]:
-    weight_map: dict[str, str] = json.loads((root / INDEX).read_text())["weight_map"]
+    try:
+        weight_map: dict[str, str] = json.loads((root / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{root / INDEX} is damaged or no index.", "Download it again.") from error
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (root / shard).exists()]
     if absent:
@@ -153,16 +157,17 @@ def _diagnose(file: Path) -> str:
             return "an HTML page was saved instead of weights; download it again"
         if file.suffix in _PICKLES or head.startswith((b"PK\x03\x04", b"\x80")):
             return "it is a pickle, which can run code; save its state dict as safetensors first"
-        return _measure(head, size, file)
+        return _measure(head, size, stream)
 
 
-def _measure(head: bytes, size: int, file: Path) -> str:
+def _measure(head: bytes, size: int, stream: BinaryIO) -> str:
     """Compare the size that the safetensors header promises with the file's."""
     header_size = int.from_bytes(head[:8], "little")
     if size < 8 + header_size:
         return f"it is cut off inside its header (or is no safetensors file): {size} bytes"
     try:
-        header = json.loads(file.read_bytes()[8 : 8 + header_size])
+        stream.seek(8)
+        header = json.loads(stream.read(header_size))
         end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its header is damaged; download it again"

@@ -38,13 +38,13 @@ def save(
         The path written.
 
     Raises:
-        InputError: Names differ from ``like``, or ``out`` exists and ``overwrite`` is false.
+        InputError: Names or shapes differ from ``like``, or ``out`` exists and ``overwrite`` is false.
         NumericError: A value is not finite, or does not fit the output dtype.
         EnvironmentProblem: The disk is full or not writable.
     """
     out, layout = Path(out), open_checkpoint(like, role="like")
     refuse_existing(out, overwrite=overwrite)
-    _require_same_names(state, layout)
+    _require_same_tensors(state, layout)
     dtypes = {name: _output_dtype(layout.info(name).dtype, dtype) for name in layout}
     n_bytes = sum(state[name].numel() * dtypes[name].itemsize for name in layout)
     require_free_space(out.parent, n_bytes)
@@ -94,13 +94,19 @@ def _output_dtype(stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype
     return asked if asked is not None and is_mergeable(stored) else stored
 
 
-def _require_same_names(state: State, layout: Checkpoint) -> None:
+def _require_same_tensors(state: State, layout: Checkpoint) -> None:
     missing = [name for name in layout if name not in state]
     extra = [name for name in state if name not in layout]
     if missing or extra:
         raise InputError(
             f"the state lacks {len(missing)} tensors of {layout.root} ({shortlist(missing)}) "
             f"and has {len(extra)} others ({shortlist(extra)}).",
+            "Give as `like` the base that the vectors were opened with.",
+        )
+    misshapen = [name for name in layout if tuple(state[name].shape) != layout.info(name).shape]
+    if misshapen:
+        raise InputError(
+            f"{len(misshapen)} tensors have another shape than in {layout.root}: {shortlist(misshapen)}.",
             "Give as `like` the base that the vectors were opened with.",
         )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import pytorch_lightning as pl
@@ -76,13 +77,8 @@ class MultiTaskData(pl.LightningDataModule):
         """
         spec = self.tasks[task]
         images = self._images(task, "test", spec.test, labelled=True)
-        labels = images.labels
-        if labels is not None and spec.classes and int(labels.max()) >= len(spec.classes):
-            raise DataError(
-                f"task {task!r}: test images have label {int(labels.max())}, "
-                f"there are {len(spec.classes)} class names.",
-                "List the class names in label order.",
-            )
+        if spec.classes:
+            _require_same_classes(task, images, spec.classes)
         return images
 
     @property
@@ -177,6 +173,25 @@ class MultiTaskData(pl.LightningDataModule):
             preprocess = self.preprocess or _no_preprocess
             self._loaded[task, part] = load_images(source, preprocess, labelled=labelled, role=role)
         return self._loaded[task, part]
+
+
+def _require_same_classes(task: str, images: Images, classes: list[str]) -> None:
+    """Compare labels, and the source's class names where it has some, with the configured classes."""
+    names, hint = images.class_names, "List the class names in label order."
+    if names and len(names) != len(classes):
+        pairs = enumerate(zip_longest(classes, names))
+        i, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise DataError(
+            f"task {task!r} has {len(classes)} class names, its test images have {len(names)}; "
+            f"first difference at index {i}: {ours!r} vs {theirs!r}.",
+            hint,
+        )
+    labels = images.labels
+    bad = [] if labels is None else sorted({int(x) for x in labels.unique() if not 0 <= x < len(classes)})
+    if bad:
+        raise DataError(
+            f"task {task!r}: test images have label {bad[0]}, there are {len(classes)} class names.", hint
+        )
 
 
 def _first(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

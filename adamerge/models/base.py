@@ -1,7 +1,7 @@
 """A backbone turns weights and inputs into features, without ever changing a module."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch.func import functional_call
 from adamerge.state import State
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """What the trainer may ask of a model."""
 

@@ -12,6 +12,8 @@ from torch.nn import functional
 from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import InputError
 
+_PROMPTS = 512  # encoded at once: 397 classes with 80 templates each do not fit into memory
+
 
 @dataclass(frozen=True)
 class Head:
@@ -54,7 +56,7 @@ class Head:
         """Read a safetensors file with ``weight`` and, if there is one, ``bias``.
 
         Raises:
-            InputError: The file has no matrix ``weight``.
+            InputError: The file has no matrix ``weight``, or its ``bias`` does not fit.
         """
         state = open_checkpoint(path, role="head")
         if "weight" not in state or state["weight"].dim() != 2:
@@ -62,8 +64,10 @@ class Head:
                 f"head {path} has no matrix 'weight'; it holds {', '.join(state)}.",
                 "Save {'weight': [class, dim]} and, optionally, {'bias': [class]}.",
             )
-        bias = state["bias"].float() if "bias" in state else None
-        return cls(state["weight"].float(), bias, normalize)
+        weight, bias = state["weight"].float(), state["bias"].float() if "bias" in state else None
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(f"head {path}: bias {[*bias.shape]} does not fit weight {[*weight.shape]}.")
+        return cls(weight, bias, normalize)
 
     @classmethod
     def zero_shot(
@@ -81,7 +85,8 @@ class Head:
             templates: Prompts with ``{}`` where the class name goes.
             scale: exp(logit scale).
         """
-        prompts = [template.format(name) for name in classes for template in templates]
-        vectors = functional.normalize(encode(prompts).float(), dim=-1)
+        prompts = [template.replace("{}", name) for name in classes for template in templates]
+        pieces = [encode(prompts[i : i + _PROMPTS]) for i in range(0, len(prompts), _PROMPTS)]
+        vectors = functional.normalize(torch.cat(pieces).float(), dim=-1)
         means = vectors.reshape(len(classes), len(templates), -1).mean(1)
         return cls(scale * functional.normalize(means, dim=-1))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.data.tasks import TaskSpec
+from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.errors import InputError
 from adamerge.models.base import ModuleBackbone
 from adamerge.models.heads import Head
@@ -35,9 +35,9 @@ class OpenClipBackbone(ModuleBackbone):
 
         read_config(Path(path))
         with torch.device("meta"), _quiet():
-            model = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
+            model: Any = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
         config = dict(model.visual.preprocess_cfg)
-        transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
         geometry = transform.transforms[:-2]  # without ToTensor and Normalize: `features` does these
 
         def preprocess(image: Any) -> Tensor:
@@ -64,6 +64,7 @@ def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str
     Returns:
         One head per task; logits are scaled by the base's exp(logit scale).
     """
+    tasks = resolve(tasks)
     from_file = {t: Head.from_file(spec.head) for t, spec in tasks.items() if spec.head}
     if len(from_file) == len(tasks):
         return from_file
@@ -71,8 +72,8 @@ def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str
 
     read_config(Path(path))
     with _quiet():
-        model = open_clip.create_model(f"local-dir:{path}").eval()
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
+        model: Any = open_clip.create_model(f"local-dir:{path}").eval()
+        tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{path}")
 
     @torch.no_grad()
     def encode(prompts: list[str]) -> Tensor:
@@ -89,7 +90,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a folder's ``open_clip_config.json``.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it is damaged.
     """
     try:
         return json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -98,6 +99,8 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is no open_clip model folder: it has no {CONFIG}.",
             f"Give the base as a folder with {CONFIG} and open_clip_model.safetensors.",
         ) from error
+    except ValueError as error:
+        raise InputError(f"{path / CONFIG} is no valid JSON: {error}.", "Download it again.") from error
 
 
 def require_same_configuration(base: Path, experts: Mapping[str, Path]) -> None:

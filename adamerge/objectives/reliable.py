@@ -27,12 +27,13 @@ class ReliableEntropy(Objective):
         super().__init__()
         self.threshold, self.recovery = threshold, recovery
         self.averages: dict[str, float] = {}
+        self._before: dict[str, float] = {}
         self._kept: dict[str, Bool[Tensor, " image"]] = {}
-        self._collapsed = False
+        self._collapsed: set[str] = set()
 
     def begin_step(self) -> None:
         """Forget which images the last step's first pass kept."""
-        self._kept = {}
+        self._kept, self._before = {}, dict(self.averages)
 
     def forward(
         self,
@@ -55,10 +56,10 @@ class ReliableEntropy(Objective):
 
     def recovery_due(self) -> bool:
         """Tell, once, whether a task's average fell below its threshold; then forget the averages."""
-        due, self._collapsed = self._collapsed, False
+        due, self._collapsed = self._collapsed, set()
         if due:
             self.averages = {}
-        return due
+        return bool(due)
 
     def per_task_state(self) -> dict[str, float]:
         """Give the moving averages."""
@@ -69,8 +70,9 @@ class ReliableEntropy(Objective):
         self.averages = dict(state)
 
     def _remember(self, task: str, loss: float, scale: float) -> None:
+        """Average over steps: a sharpness-aware step's second pass replaces what its first remembered."""
         if not math.isfinite(loss):
             return
-        average = self.averages.get(task, loss)
-        self.averages[task] = _DECAY * average + (1 - _DECAY) * loss
-        self._collapsed |= self.averages[task] < self.recovery * scale
+        self.averages[task] = _DECAY * self._before.get(task, loss) + (1 - _DECAY) * loss
+        collapsed = self.averages[task] < self.recovery * scale
+        (self._collapsed.add if collapsed else self._collapsed.discard)(task)

@@ -57,11 +57,13 @@ class SharpnessAware(Optimizer):
         with torch.enable_grad():
             loss = closure()
         before = self._ascend()
-        with torch.enable_grad():
-            closure()
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
+        try:
+            with torch.enable_grad():
+                closure()
+        finally:  # also where the second pass stops with an error
+            with torch.no_grad():
+                for parameter, value in before.items():
+                    parameter.copy_(value)
         self.base.step()
         return loss
 

@@ -12,7 +12,7 @@ _HALF = 2**16
 
 def kept_count(density: float, size: int) -> int:
     """Give floor(density x size), safe from the rounding of products such as 0.29 x 100."""
-    return int(density * size + 1e-9 * size)
+    return int(density * size + 1e-12 * size)
 
 
 def total_size(stacks: Iterable[Stack]) -> int:

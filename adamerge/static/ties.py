@@ -41,7 +41,7 @@ def ties_trim(stacks: Stacks, *, density: float = 0.2) -> Iterator[Stack]:
     """
     threshold = _threshold(stacks, density)
     majority = sum(_sign_sum(stack) for _, stack in keep_at_least(stacks, threshold))
-    majority = torch.as_tensor(majority).sign()
+    majority = torch.as_tensor(majority).sign().float()
     for name, stack in keep_at_least(stacks, threshold):
         elected = stack.sum(0).sign()
         elected = torch.where(elected == 0, majority, elected)
@@ -89,7 +89,7 @@ def _threshold(stacks: Stacks, density: float) -> Float[Tensor, " task"]:
 
 
 def _sign_sum(stack: Float[Tensor, "task *param"]) -> Float[Tensor, ""]:
-    return stack.sum(0).sign().sum()
+    return stack.sum(0).sign().sum(dtype=torch.float64)  # fp32 cannot count beyond 2^24
 
 
 def _mean(stack: Float[Tensor, "task *param"]) -> Float[Tensor, "*param"]:

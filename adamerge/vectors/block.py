@@ -9,13 +9,14 @@ expanded.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Block(Protocol):
     """The base tensor and the T task vectors of one parameter, in some stored form."""
 
@@ -45,6 +46,7 @@ class Block(Protocol):
         ...
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Chooses the stored form of one parameter's task vectors."""
 
@@ -89,7 +91,8 @@ def project(
     Returns:
         d loss / d coefficients, fp32; None where no weight has a gradient.
     """
-    with torch.no_grad():
+    device = next((g.device.type for g in gradients if g is not None), "cpu")
+    with torch.no_grad(), torch.autocast(device, enabled=False):  # half precision would round, or overflow
         columns = [None if g is None else b.project(g) for b, g in zip(blocks, gradients, strict=True)]
     known = next((column for column in columns if column is not None), None)
     if known is None:

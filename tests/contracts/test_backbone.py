@@ -1,0 +1,114 @@
+"""The contract of backbones. A new one subclasses `BackboneContract` and gives two methods."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import pytest
+import torch
+from conftest import SIZE, draw
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from adamerge.checkpoints import open_checkpoint
+from adamerge.models import Backbone, ModuleBackbone, OpenClipBackbone
+from adamerge.state import State
+
+
+class Case(NamedTuple):
+    backbone: Backbone
+    weights: State
+    inputs: Tensor
+
+
+class BackboneContract:
+    def case(self) -> Case:
+        raise NotImplementedError
+
+    def literal(self, weights: State, inputs: Tensor) -> Tensor:
+        """Give the features as the plain library computes them."""
+        raise NotImplementedError
+
+    def test_it_equals_the_plain_library(self) -> None:
+        backbone, weights, inputs = self.case()
+        assert_close(backbone.features(weights, inputs), self.literal(weights, inputs))
+
+    def test_it_reads_the_weights_it_names_and_no_others(self) -> None:
+        backbone, weights, inputs = self.case()
+        before = backbone.features(weights, inputs)
+        others = {n: torch.full_like(w, torch.nan) for n, w in weights.items() if n not in backbone.names}
+        assert others, "the case needs a tensor that the backbone does not read"
+        assert torch.equal(backbone.features({**weights, **others}, inputs), before)
+        assert set(backbone.names) <= set(weights)
+
+    def test_every_named_weight_gets_a_gradient(self) -> None:
+        backbone, weights, inputs = self.case()
+        leaves = {name: weights[name].clone().requires_grad_() for name in backbone.names}
+        backbone.features({**weights, **leaves}, inputs).square().sum().backward()
+        assert not [name for name, leaf in leaves.items() if leaf.grad is None]
+
+    def test_calls_leave_no_trace(self) -> None:
+        backbone, weights, inputs = self.case()
+        before = backbone.features(weights, inputs)
+        backbone.features({n: w + 1 for n, w in weights.items()}, inputs)
+        assert torch.equal(backbone.features(weights, inputs), before)
+
+    def test_images_do_not_influence_each_other(self) -> None:
+        backbone, weights, inputs = self.case()
+        one_by_one = torch.cat([backbone.features(weights, i[None]) for i in inputs])
+        assert_close(backbone.features(weights, inputs), one_by_one)
+
+    def test_a_preprocessed_picture_is_an_input(self) -> None:
+        backbone, weights, inputs = self.case()
+        tensor = backbone.preprocess(draw(1, 0))
+        assert (tensor.dtype, tensor.shape) == (inputs.dtype, inputs.shape[1:])
+        assert backbone.features(weights, tensor[None]).dim() == 2
+
+    def test_moving_keeps_the_features(self) -> None:
+        backbone, weights, inputs = self.case()
+        before = backbone.features(weights, inputs)
+        assert torch.equal(backbone.to(torch.device("cpu")).features(weights, inputs), before)
+
+
+def uint8_images(count: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+
+
+class TestModule(BackboneContract):
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 7), nn.Flatten(), nn.Dropout(0.5), nn.LazyLinear(6))
+
+    def case(self) -> Case:
+        module = self.module()
+        module(torch.zeros(1, 3, SIZE, SIZE))
+        self.weights = {"body." + n: p.detach() for n, p in module.named_parameters()}
+        backbone = ModuleBackbone(
+            module,
+            prefix="body.",
+            mean=[0.5],
+            std=[0.25],
+            preprocess=lambda picture: uint8_images(1)[0],
+        )
+        return Case(backbone, self.weights | {"head.weight": torch.ones(2)}, uint8_images())
+
+    def literal(self, weights: State, inputs: Tensor) -> Tensor:
+        module = self.module().eval()
+        module.load_state_dict({n[5:]: w for n, w in weights.items() if n.startswith("body.")})
+        return module((inputs / 255 - 0.5) / 0.25)
+
+
+class TestOpenClip(BackboneContract):
+    @pytest.fixture(autouse=True)
+    def _base(self, clip: Path) -> None:
+        self.base = clip / "base"
+
+    def case(self) -> Case:
+        return Case(OpenClipBackbone(self.base), dict(open_checkpoint(self.base)), uint8_images())
+
+    def literal(self, weights: State, inputs: Tensor) -> Tensor:
+        model = open_clip.create_model(f"local-dir:{self.base}").eval()
+        mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+        with torch.no_grad():
+            return model.encode_image((inputs / 255 - mean[:, None, None]) / std[:, None, None])

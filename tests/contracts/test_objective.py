@@ -1,0 +1,118 @@
+"""The contract of objectives. A new one subclasses `ObjectiveContract` and gives two methods."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from adamerge.objectives import Entropy, KLTeacher, Objective, ReliableEntropy
+
+
+def logits(n_images: int = 12, n_classes: int = 5, seed: int = 0) -> Tensor:
+    """Confident and hesitant predictions."""
+    generator = torch.Generator().manual_seed(seed)
+    sharpness = torch.linspace(0.2, 9, n_images)[:, None]
+    return sharpness * torch.randn(n_images, n_classes, generator=generator)
+
+
+def probabilities(row: Tensor) -> list[float]:
+    powers = [math.exp(x) for x in row.tolist()]
+    return [p / sum(powers) for p in powers]
+
+
+class ObjectiveContract:
+    def make(self) -> Objective:
+        raise NotImplementedError
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        """Give the loss as its paper writes it, with plain numbers."""
+        raise NotImplementedError
+
+    def loss(self, student: Tensor, objective: Objective | None = None) -> Tensor:
+        objective = objective or self.make()
+        loss = objective(student, "cars", logits(seed=1) if objective.needs_teacher else None)
+        assert loss is not None
+        return loss
+
+    def test_it_equals_its_literal_formula(self) -> None:
+        assert float(self.loss(logits())) == pytest.approx(self.literal(logits(), logits(seed=1)), rel=1e-5)
+
+    def test_it_is_an_fp32_scalar_with_a_finite_gradient(self) -> None:
+        student = logits().requires_grad_()
+        loss = self.loss(student)
+        loss.backward()
+        assert loss.shape == ()
+        assert loss.dtype == torch.float32
+        assert torch.isfinite(student.grad).all()
+        assert student.grad.abs().sum() > 0
+
+    def test_a_constant_added_to_the_logits_changes_nothing(self) -> None:
+        assert_close(self.loss(logits() + 30), self.loss(logits()), rtol=1e-4, atol=1e-5)
+
+    def test_half_precision_logits_are_widened(self) -> None:
+        assert self.loss(logits().bfloat16()).dtype == torch.float32
+
+    def test_saturated_predictions_stay_finite(self) -> None:
+        student = (1e4 * logits()).requires_grad_()
+        self.loss(student).backward()
+        assert torch.isfinite(student.grad).all()
+
+    def test_each_step_begins_afresh(self) -> None:
+        objective = self.make()
+        first = self.loss(logits(), objective)
+        objective.begin_step()
+        assert torch.equal(self.loss(logits(), objective), first)
+
+    def test_what_it_remembers_of_tasks_can_be_restored(self) -> None:
+        objective, fresh = self.make(), self.make()
+        self.loss(logits(), objective)
+        fresh.load_per_task_state(objective.per_task_state())
+        assert fresh.per_task_state() == objective.per_task_state()
+
+    def test_recovery_is_told_once_at_most(self) -> None:
+        objective = self.make()
+        self.loss(1e4 * logits(), objective)
+        objective.recovery_due()
+        assert not objective.recovery_due()
+
+
+def entropy(row: Tensor) -> float:
+    return -sum(p * math.log(p) for p in probabilities(row) if p > 0)
+
+
+class TestEntropy(ObjectiveContract):
+    def make(self) -> Objective:
+        return Entropy()
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        return sum(map(entropy, student)) / len(student)
+
+
+class TestEntropyPerLogC(TestEntropy):
+    def make(self) -> Objective:
+        return Entropy(normalize="log_c")
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        return super().literal(student, teacher) / math.log(5)
+
+
+class TestReliableEntropy(ObjectiveContract):
+    def make(self) -> Objective:
+        return ReliableEntropy()
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        reliable = [h for h in map(entropy, student) if h < 0.4 * math.log(5)]
+        assert 0 < len(reliable) < len(student)  # the example must exercise the filter
+        return sum(reliable) / len(reliable)
+
+
+class TestKLTeacher(ObjectiveContract):
+    def make(self) -> Objective:
+        return KLTeacher(temperature=2.0)
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        rows = zip(map(probabilities, teacher / 2), map(probabilities, student / 2), strict=True)
+        divergences = [sum(p * math.log(p / q) for p, q in zip(*row, strict=True)) for row in rows]
+        return sum(divergences) / len(divergences)

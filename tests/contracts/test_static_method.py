@@ -1,0 +1,101 @@
+"""What every registered static method and edit keeps: the invariants G1 to G6 of the specification."""
+
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from adamerge.state import State
+from adamerge.static import EDITS, METHODS, edit, merge
+from adamerge.vectors import TaskVectors
+
+EXPERTS = ("a", "b", "c")
+
+
+def base_state() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "weight": torch.randn(6, 5, generator=generator),
+        "bias": torch.randn(6, generator=generator).bfloat16(),
+        "scale": torch.randn((), generator=generator).half(),
+    }
+    return state | {"position_ids": torch.arange(4), "mask": torch.tensor([True, False])}
+
+
+def expert(seed: int, size: float = 0.1) -> dict[str, Tensor]:
+    """Move the base's floating tensors a little; an expert's integers differ, and must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(tensor: Tensor) -> Tensor:
+        noise = size * torch.randn(tensor.shape, generator=generator)
+        return (tensor + noise).to(tensor.dtype) if tensor.is_floating_point() else tensor + 1
+
+    return {n: moved(t) for n, t in base_state().items() if n != "mask"} | {"mask": torch.zeros(2).bool()}
+
+
+def vectors(order: tuple[str, ...] = EXPERTS, only: set[str] | None = None) -> TaskVectors:
+    experts = {name: expert(EXPERTS.index(name) + 1) for name in order}
+    kept = only or set(base_state())
+    return TaskVectors.open(
+        {n: t for n, t in base_state().items() if n in kept},
+        {name: {n: t for n, t in state.items() if n in kept} for name, state in experts.items()},
+    )
+
+
+def assert_same(found: State, expected: State, **tolerance: float) -> None:
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor, **tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestMethods:
+    def test_g1_the_order_of_experts_does_not_matter(self, method: str) -> None:
+        reordered = merge(vectors(EXPERTS[::-1]), method)
+        assert_same(reordered, merge(vectors(), method), rtol=1e-2, atol=1e-3)  # one unit of bf16
+
+    def test_g2_experts_equal_to_the_base_give_the_base(self, method: str) -> None:
+        still = vectors().edit(lambda stacks: ((n, torch.zeros_like(s)) for n, s in stacks))
+        assert_same(merge(still, method), base_state(), rtol=0, atol=0)
+
+    def test_g3_integer_tensors_are_the_bases(self, method: str) -> None:
+        merged = merge(vectors(), method)
+        assert torch.equal(merged["position_ids"], base_state()["position_ids"])
+        assert torch.equal(merged["mask"], base_state()["mask"])
+
+    def test_g4_the_same_call_gives_the_same_bits(self, method: str) -> None:
+        assert_same(merge(vectors(), method), merge(vectors(), method), rtol=0, atol=0)
+
+    def test_g5_names_and_dtypes_are_the_bases(self, method: str) -> None:
+        merged = merge(vectors(), method)
+        assert {n: t.dtype for n, t in merged.items()} == {n: t.dtype for n, t in base_state().items()}
+
+    def test_g6_a_method_of_tensor_scope_treats_each_tensor_alone(self, method: str) -> None:
+        if METHODS[method].scope == "model":
+            pytest.skip("it declares a statistic of the whole model")
+        alone = merge(vectors(only={"weight"}), method)
+        assert torch.equal(alone["weight"], merge(vectors(), method)["weight"])
+
+    def test_every_row_is_complete(self, method: str) -> None:
+        row = METHODS[method]
+        assert row.name == method
+        assert row.title
+        assert row.source.startswith("arXiv:")
+        assert "Returns:" in cast(str, row.function.__doc__) or "Yields:" in cast(str, row.function.__doc__)
+
+
+@pytest.mark.parametrize("method", EDITS)
+class TestEdits:
+    def stacks(self, vectors: TaskVectors, method: str) -> dict[str, Tensor]:
+        return dict(edit(vectors, method).stacks())
+
+    def test_the_order_of_experts_is_kept(self, method: str) -> None:
+        found = self.stacks(vectors(EXPERTS[::-1]), method)
+        expected = self.stacks(vectors(), method)
+        assert_same(found, {n: s.flip(0) for n, s in expected.items()}, rtol=0, atol=0)
+
+    def test_names_shapes_and_the_base_stay(self, method: str) -> None:
+        edited = edit(vectors(), method)
+        assert {n: s.shape for n, s in edited.stacks()} == {n: s.shape for n, s in vectors().stacks()}
+        assert_same(edited.base_state(), base_state(), rtol=0, atol=0)
