@@ -59,7 +59,7 @@ class Curves(pl.Callback):
 def _step_of(line: str) -> float:
     """Read a line's step; a line that a kill cut off counts as never."""
     try:
-        return int(line.split(",", 1)[0])
+        return float(line.split(",", 1)[0])
     except ValueError:
         return float("inf")
 

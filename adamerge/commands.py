@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from safetensors.torch import load_file
@@ -101,13 +102,13 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
     return 0
 
 
-def _changed_inputs(inputs: dict[str, dict[str, dict[str, dict[str, str]]]]) -> list[str]:
+def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     """Hash base, experts and images again, and name those that differ."""
     model, data = inputs["config"]["model"], dict(inputs["config"]["data"])
     base = str(model["base"])
     paths = {"base": locate(base)} | {t: locate(p) for t, p in model["experts"].items()}
     weights = {name: open_checkpoint(p, role=name).file_digest() for name, p in paths.items()}
-    tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}  # type: ignore[arg-type]  # JSON
+    tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
     images = MultiTaskData(tasks)
     images.preprocess = OpenClipBackbone(paths["base"]).preprocess
     found = {"weights": weights, "data": images.fingerprint()}

@@ -319,7 +319,7 @@ def run(args: Sequence[str]) -> RunCLI:
             seed_everything_default=0,
             trainer_defaults={
                 "logger": False,
-                "max_epochs": 1,
+                "max_epochs": -1,  # the stream has no end; steps count
                 "max_steps": 500,
                 "devices": 1,
                 "use_distributed_sampler": False,

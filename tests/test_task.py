@@ -6,13 +6,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import TASKS
-from runs import adapt, make_task, make_trainer, memory_data, noise
 from torch import Tensor
 
 from adamerge import Entropy, InputError, KLTeacher, Learned, ReliableEntropy, SharpnessAware
 from adamerge.errors import NumericError
 from adamerge.models import predict_all
 from adamerge.objectives import Objective
+from runs import adapt, make_task, make_trainer, memory_data, noise
 
 
 def adam(rate: float):
@@ -245,7 +245,7 @@ def test_premises_are_checked_before_any_work(clip: Path) -> None:
         adapt(make_task(clip), data, 1)
     data.tasks["dots"].classes.pop()
     with pytest.raises(InputError, match="needs a MultiTaskData"):
-        make_trainer(1).fit(make_task(clip), train_dataloaders=[0])
+        make_trainer(1).fit(make_task(clip), train_dataloaders=[0], val_dataloaders=[0])
 
 
 def test_an_alien_data_set_smaller_than_a_batch_is_walked_again(clip: Path) -> None:

@@ -1,0 +1,167 @@
+"""What a run leaves behind, and the guard that watches over it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TASKS
+from safetensors import safe_open
+
+from adamerge import Entropy, Learned
+from adamerge.callbacks import (
+    CoefficientReport,
+    CollapseGuard,
+    Curves,
+    MergedModel,
+    StepBar,
+    signs_of,
+    write_coefficients,
+)
+from adamerge.checkpoints import open_checkpoint
+from adamerge.errors import AdamergeWarning
+from adamerge.objectives import Objective
+from runs import adapt, make_task, memory_data
+
+
+def test_curves_have_a_line_per_step_and_a_picture(clip: Path, tmp_path: Path) -> None:
+    task = make_task(clip)
+    adapt(task, memory_data(), 3, Curves(tmp_path))
+    lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
+    assert [line["step"] for line in lines] == ["1", "2", "3"]
+    assert {name: float(lines[-1][name]) for name in TASKS} == task.losses
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_a_resumed_run_drop_what_is_done_again_and_cut_lines(clip: Path, tmp_path: Path) -> None:
+    curves = Curves(tmp_path)
+    (tmp_path / "curves.csv").write_text("step,circles,bars,dots\n0,1,1,1\n7,1,1,1\n1")
+    adapt(make_task(clip), memory_data(), 2, curves)
+    steps = [line["step"] for line in csv.DictReader((tmp_path / "curves.csv").read_text().splitlines())]
+    assert steps == ["0", "1", "2"]
+
+
+def test_coefficients_are_named_in_every_form(tmp_path: Path) -> None:
+    values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, -0.6]])
+    write_coefficients(tmp_path, ["cars", "pets"], ["a", "b", "c"], values)
+    rows = list(csv.reader((tmp_path / "coefficients.csv").read_text().splitlines()))
+    assert rows[0] == ["task", "a", "b", "c"]
+    assert [float(cell) for cell in rows[2][1:]] == values[1].tolist()
+    with safe_open(tmp_path / "coefficients.safetensors", "pt") as file:
+        assert file.metadata()["groups"].split("\n") == ["a", "b", "c"]
+        assert torch.equal(file.get_tensor("pets"), values[1])
+    assert (tmp_path / "coefficients.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_fails_leaves_its_last_good_coefficients(clip: Path, tmp_path: Path) -> None:
+    class Stops(Entropy):
+        def begin_step(self) -> None:
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 3:
+                raise RuntimeError("stop here")
+
+    task = make_task(clip, objective=Stops())
+    with pytest.raises(RuntimeError, match="stop here"):
+        adapt(task, memory_data(), 9, CoefficientReport(tmp_path))
+    with safe_open(tmp_path / "coefficients.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("bars"), task.coefficients.table()[1][1])
+
+
+def test_the_merged_model_is_the_base_layout_with_merged_weights(clip: Path, tmp_path: Path) -> None:
+    task = make_task(clip)
+    adapt(task, memory_data(), 2, MergedModel(tmp_path / "merged", clip / "base", card="# a card"))
+    written, base = open_checkpoint(tmp_path / "merged"), open_checkpoint(clip / "base")
+    expected = task.merged_state()
+    assert set(written) == set(base)
+    assert all(torch.equal(written[name], expected[name]) for name in base)
+    assert not torch.equal(written["visual.proj"], base["visual.proj"])
+    assert (tmp_path / "merged" / "README.md").read_text() == "# a card"
+    assert (tmp_path / "merged" / "open_clip_config.json").exists()
+
+
+def test_signs_of_health_on_predictions_that_can_be_counted_by_hand() -> None:
+    def sure(classes: list[int]) -> torch.Tensor:
+        return 100 * torch.nn.functional.one_hot(torch.tensor(classes), 4).float()
+
+    signs = signs_of(sure([0, 0, 0, 1]), expert=sure([0, 1, 2, 1]))
+    assert signs.top_share == pytest.approx(0.75)
+    assert signs.agreement == pytest.approx(0.5)
+    assert signs.marginal == pytest.approx((0.75 * 0.2876820 + 0.25 * 1.3862943) / 1.3862943, rel=1e-5)
+    assert signs_of(sure([0, 1, 2, 3]), sure([0, 1, 2, 3])).marginal == pytest.approx(1)
+
+
+class OneClass(Objective):
+    """Drives one task into its first class, as entropy minimisation does when it collapses."""
+
+    def forward(self, logits, task, teacher=None):
+        return -logits.log_softmax(-1)[:, 0].mean() if task == "bars" else logits.sum() * 0
+
+
+def strong(parameters):
+    return torch.optim.SGD(parameters, lr=30.0)
+
+
+def test_a_collapse_is_stopped_and_rolled_back(clip: Path) -> None:
+    guard = CollapseGuard(every_n_steps=1, max_images=40, marginal=0.0, lost_agreement=9.0)
+    task = make_task(clip, objective=OneClass(), optimizer=strong)
+    pattern = r"collapse guard: stopped at step \d+ .*'bars' fall into one class.*rolled back to step"
+    with pytest.warns(AdamergeWarning, match=pattern):
+        learned = adapt(task, memory_data(n_adapt=200), 200, guard)
+    best = guard.state_dict()["best"]
+    assert task.global_step < 200
+    assert torch.equal(learned, best["values"]["values"])
+    assert "'bars'" in guard.verdict
+
+
+def test_without_the_guard_the_same_run_does_collapse(clip: Path) -> None:
+    task, data = make_task(clip, objective=OneClass(), optimizer=strong), memory_data(n_adapt=200)
+    guard = CollapseGuard(every_n_steps=0)
+    adapt(task, data, 200, guard)
+    assert guard.verdict == ""
+    assert task.global_step == 200
+    share = (task.merged_logits("bars", data.held_out("bars")).argmax(1) == 0).float().mean()
+    assert share > 0.9
+
+
+def test_a_healthy_run_is_left_alone_and_few_images_are_not_judged(clip: Path) -> None:
+    for n_adapt in (100, 20):
+        watched = adapt(make_task(clip), memory_data(n_adapt=n_adapt), 4, CollapseGuard(every_n_steps=2))
+        alone = adapt(make_task(clip), memory_data(n_adapt=n_adapt), 4)
+        assert torch.equal(watched, alone)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"top_share": -1.0}, ""),
+        ({"marginal": 1e9}, "marginal entropy"),
+        ({"lost_agreement": -2.0}, "agrees"),
+    ],
+)
+def test_each_sign_can_stop_a_run(clip: Path, limits: dict[str, float], reason: str) -> None:
+    guard = CollapseGuard(every_n_steps=1, **limits)
+    if not reason:  # a share may be as large as the expert's or the start's: nothing to stop
+        adapt(make_task(clip), memory_data(n_adapt=100), 1, guard)
+        assert guard.verdict == ""
+        return
+    with pytest.warns(AdamergeWarning, match=reason):
+        adapt(make_task(clip), memory_data(n_adapt=100), 3, guard)
+    assert "step 1" in guard.verdict
+
+
+def test_the_guard_remembers_across_a_resume(clip: Path) -> None:
+    guard, again = CollapseGuard(every_n_steps=1), CollapseGuard(every_n_steps=1)
+    adapt(make_task(clip), memory_data(n_adapt=100), 2, guard)
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == guard.state_dict() or torch.equal(
+        again.state_dict()["best"]["values"]["values"], guard.state_dict()["best"]["values"]["values"]
+    )
+
+
+def test_progress_is_printed_in_tenths_where_there_is_no_terminal(
+    clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapt(make_task(clip, Learned("task")), memory_data(), 20, StepBar("run"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run: step")]
+    assert len(lines) == 10
+    assert lines[0].startswith("run: step 2/20, loss ")

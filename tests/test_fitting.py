@@ -1,0 +1,284 @@
+"""`adamerge fit | validate | test | predict` as a user runs them, on tiny models."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+from conftest import CLASSES, TASKS, nudge, write_clip
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adamerge.checkpoints import open_checkpoint
+from adamerge.cli import main
+from adamerge.commands import reproduce, verify
+from adamerge.errors import InputError, NumericError
+from runs import coefficients_of, fit, fit_arguments, method, write_benchmark
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path, clip: Path, rows: dict) -> Path:
+    return write_benchmark(tmp_path, clip, rows)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, clip: Path, pictures: Path) -> tuple[Path, Path]:
+    """A benchmark file and the folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = {
+        t: {"adapt": str(pictures / t / "adapt"), "test": str(pictures / t / "test"), "classes": CLASSES[t]}
+        for t in TASKS
+    }
+    benchmark = write_benchmark(folder, clip, rows)
+    assert fit(benchmark, folder / "run") == 0
+    return benchmark, folder / "run"
+
+
+def test_a_run_leaves_everything_named_in_the_readme(finished: tuple[Path, Path]) -> None:
+    _, run = finished
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert names >= {
+        "checkpoints/last.ckpt",
+        "coefficients.csv",
+        "coefficients.png",
+        "coefficients.safetensors",
+        "config.yaml",
+        "curves.csv",
+        "curves.png",
+        "inputs.json",
+        "manifest.json",
+        "merged/README.md",
+        "merged/open_clip_config.json",
+        "merged/open_clip_model.safetensors",
+        "result.json",
+    }
+    assert all(oct(path.stat().st_mode)[-3:] == "644" for path in (run / "merged").iterdir())
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 40_000
+
+
+def test_the_result_row_holds_accuracies_and_digests(finished: tuple[Path, Path], clip: Path) -> None:
+    _, run = finished
+    row = json.loads((run / "result.json").read_text())
+    assert set(row["accuracy"]) == set(TASKS)
+    assert row["mean"] == pytest.approx(sum(row["accuracy"].values()) / 3)
+    assert row["transductive"] == []
+    expected = open_checkpoint(clip / "experts" / "bars.safetensors").file_digest()
+    assert row["provenance"]["weights"]["bars"] == expected
+    assert set(row["provenance"]) == {"weights", "data", "config", "code"}
+
+
+def test_plain_open_clip_loads_the_merged_model(finished: tuple[Path, Path]) -> None:
+    _, run = finished
+    model = open_clip.create_model(f"local-dir:{run / 'merged'}")
+    weights = open_checkpoint(run / "merged")
+    assert torch.equal(model.visual.proj, weights["visual.proj"])
+    card = (run / "merged" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["tags"] == ["merge", "adamerge"]
+    assert front["base_model_relation"] == "merge"
+
+
+def test_the_other_subcommands_read_the_last_checkpoint(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark, run = finished
+    where = ["--config", str(benchmark), "--run_dir", str(run), "--ckpt_path", "last"]
+    assert main(["test", *where]) == 0
+    mean = json.loads((run / "result.json").read_text())["mean"]
+    assert f"{mean:.1f}" in capsys.readouterr().out
+    assert main(["validate", *where]) == 0
+    assert "val/entropy/bars: " in capsys.readouterr().err
+    assert main(["predict", *where]) == 0
+    lines = list(csv.DictReader((run / "predictions.csv").read_text().splitlines()))
+    assert len(lines) == 27
+    assert {line["class_name"] for line in lines if line["task"] == "dots"} <= {"one", "two"}
+    (run / "predictions.csv").unlink()
+
+
+def test_verify_and_reproduce(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    import shutil
+
+    _, run = finished
+    assert verify(str(run)) == 0
+    assert reproduce(str(run)) == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "coefficients.csv").write_text("task\n")
+    (copy / "curves.png").unlink()
+    with pytest.raises(InputError, match=r"coefficients.csv: changed\ncurves.png: missing"):
+        verify(str(copy))
+    inputs = json.loads((copy / "inputs.json").read_text())
+    inputs["weights"]["dots"] = "0" * 64
+    (copy / "inputs.json").write_text(json.dumps(inputs))
+    with pytest.raises(InputError, match="weights dots: changed since the run"):
+        verify(str(copy))
+    save_file({t: v + 1 for t, v in coefficients_of(copy).items()}, copy / "coefficients.safetensors")
+    with pytest.raises(NumericError, match="was not reproduced"):
+        reproduce(str(copy))
+
+
+def test_two_runs_never_share_a_folder(
+    finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark, run = finished
+    before = (run / "result.json").read_bytes()
+    assert fit(benchmark, run) == 2
+    assert "holds a run already.\nResume it with --ckpt_path last" in capsys.readouterr().err
+    assert (run / "result.json").read_bytes() == before
+
+
+def test_resuming_with_other_inputs_is_refused_by_name(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit(benchmark, run) == 0
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "8"]
+    assert fit(benchmark, run, "--data.batch_size", "3", *more) == 2
+    assert "config.data.batch_size: 4 before, 3 now" in capsys.readouterr().err
+    assert fit(benchmark, run, "--data.batch_size", "3", "--resume_anyway", "true", *more) == 0
+    assert (run / "curves.csv").read_text().splitlines()[-1].startswith("8,")
+
+
+def test_without_a_checkpoint_there_is_nothing_to_test(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--config", str(benchmark), "--run_dir", str(tmp_path / "no"), "--ckpt_path", "last"]
+    assert main(["test", *where]) == 2
+    assert "has no checkpoint" in capsys.readouterr().err
+
+
+def test_a_cut_checkpoint_is_named(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(benchmark, tmp_path / "run") == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert fit(benchmark, tmp_path / "run", "--ckpt_path", "last") == 2
+    assert "cut off or no checkpoint" in capsys.readouterr().err
+
+
+def test_adapting_on_the_test_images_is_called_transductive(
+    benchmark: Path, tmp_path: Path, rows: dict, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows["bars"]["adapt"] = rows["bars"]["test"]
+    assert fit(write_benchmark(tmp_path / "t", clip, rows), tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["transductive"] == ["bars"]
+    assert "* transductive" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["wrong_width", "missing", "nan", "config"])
+def test_experts_that_do_not_fit_stop_before_any_work(
+    name: str, tmp_path: Path, clip: Path, rows: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state: dict[str, Tensor] = nudge(dict(open_checkpoint(clip / "base")), 9)
+    path = tmp_path / "expert.safetensors"
+    expected = {
+        "wrong_width": "tensors differ from the base in shape: visual.proj",
+        "missing": "lacks 1 of",
+        "nan": "expert 'bars': 1 non-finite value(s) in visual.proj, first at [0, 0]",
+        "config": "model_cfg.quick_gelu differs: base None, expert 'bars' True",
+    }[name]
+    if name == "wrong_width":
+        state["visual.proj"] = state["visual.proj"][:8].contiguous()
+    if name == "missing":
+        del state["visual.proj"]
+    if name == "nan":
+        state["visual.proj"][0, 0] = float("nan")
+    if name == "config":
+        path = tmp_path / "folder"
+        write_clip(path)
+        config = json.loads((path / "open_clip_config.json").read_text())
+        config["model_cfg"]["quick_gelu"] = True
+        (path / "open_clip_config.json").write_text(json.dumps(config))
+    else:
+        save_file(state, path)
+    benchmark = write_benchmark(tmp_path, clip, rows)
+    assert fit(benchmark, tmp_path / "run", "--model.experts.bars", str(path)) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_of_images_is_a_data_problem(
+    tmp_path: Path, clip: Path, rows: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    rows["dots"]["adapt"] = str(tmp_path / "empty")
+    assert fit(write_benchmark(tmp_path, clip, rows), tmp_path / "run") == 3
+    assert "task 'dots', adaptation images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_4_and_good_coefficients(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = fit(benchmark, tmp_path / "run", "--model.optimizer.init_args.lr", "1e30")
+    assert code == 4
+    assert "step 1: " in capsys.readouterr().err
+    assert all(torch.isfinite(row).all() for row in coefficients_of(tmp_path / "run").values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "adamerge", *arguments], stderr=stream, stdout=stream, env=environment
+        )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the curves show the step."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = (run / "curves.csv").read_text().splitlines() if (run / "curves.csv").exists() else []
+        if len(lines) > step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run never came to step {step}")
+
+
+@pytest.mark.parametrize(("sign", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 0)])
+def test_an_interrupted_run_resumes_bit_for_bit(
+    sign: signal.Signals, workers: int, benchmark: Path, tmp_path: Path
+) -> None:
+    steps = ["--trainer.max_steps", "150", "--save_every", "5", "--data.num_workers"]
+    assert fit(benchmark, tmp_path / "whole", *steps, "0") == 0
+    log = tmp_path / "log"
+    process = start(fit_arguments(benchmark, tmp_path / "cut", *steps, str(workers)), log)
+    wait_for_step(tmp_path / "cut", 17, process)
+    process.send_signal(sign)
+    code = process.wait(60)
+    assert not (tmp_path / "cut" / "result.json").exists()
+    if sign == signal.SIGINT:
+        assert code == 130
+        assert "Resume with: adamerge fit" in log.read_text()
+    assert fit(benchmark, tmp_path / "cut", *steps, "0", "--ckpt_path", "last") == 0
+    whole, cut = coefficients_of(tmp_path / "whole"), coefficients_of(tmp_path / "cut")
+    assert all(torch.equal(whole[task], cut[task]) for task in TASKS)
+    curves = [(tmp_path / name / "curves.csv").read_text() for name in ("whole", "cut")]
+    assert curves[0] == curves[1]
+
+
+def test_two_processes_learn_what_one_does(benchmark: Path, tmp_path: Path) -> None:
+    assert fit(benchmark, tmp_path / "one", name="reliable_layer_wise") == 0
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    arguments = fit_arguments(benchmark, tmp_path / "two", *two, name="reliable_layer_wise")
+    assert start(arguments, tmp_path / "log").wait(120) == 0, (tmp_path / "log").read_text()
+    one, both = coefficients_of(tmp_path / "one"), coefficients_of(tmp_path / "two")
+    for task in TASKS:
+        torch.testing.assert_close(one[task], both[task], rtol=0, atol=1e-6)
+        assert (one[task] - 0.3).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("path", sorted(method("x").parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_method_file_runs(path: Path, benchmark: Path, tmp_path: Path) -> None:
+    assert fit(benchmark, tmp_path / "run", "--trainer.max_steps", "1", name=path.stem) == 0
+    assert yaml.safe_load(path.read_text())["method"] == path.stem
