@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from adamerge.data.module import MultiTaskData
     from adamerge.data.tasks import TaskSpec
     from adamerge.errors import InputError
-    from adamerge.models import Head, ModuleBackbone, OpenClipBackbone
+    from adamerge.models import Head, ModuleBackbone, OpenClipBackbone, zero_shot_heads
     from adamerge.objectives import Entropy, KLTeacher, ReliableEntropy, SharpnessAware
     from adamerge.static import edit, merge
     from adamerge.task import MergeTask
@@ -37,6 +37,7 @@ _HOME = {
     "open_checkpoint": "checkpoints",
     "save": "checkpoints",
     "staged_step": "vectors",
+    "zero_shot_heads": "models",
 }
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "open_checkpoint",
     "save",
     "staged_step",
+    "zero_shot_heads",
 ]
 
 

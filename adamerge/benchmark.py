@@ -85,7 +85,7 @@ class Benchmark:
         if method in _BOUNDS or method in METHODS:
             row = make_row(method, self._static(method), provenance={"code": provenance.code_version()})
             write_row(result, row)
-            console.print(f"{method}: {row.mean:.1f}")
+            console.print(f"{method}: done")
             return row
         self._adapt(method, extra)
         return read_row(result)

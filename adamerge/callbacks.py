@@ -116,8 +116,17 @@ class CoefficientReport(pl.Callback):
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
-        """Write the files."""
+        """Write the files, and point at coefficients that ran away."""
         self._write(trainer, pl_module)
+        groups, values = pl_module.coefficients.table()
+        if values.abs().max() > _RUNAWAY:
+            row, column = divmod(int(values.abs().argmax()), len(groups))
+            warnings.warn(
+                f"the coefficient of {pl_module.vectors.tasks[row]!r} for {groups[column]} is "
+                f"{float(values[row, column]):.2f}: it ran away. Lower the learning rate or the steps.",
+                AdamergeWarning,
+                stacklevel=2,
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: MergeTask, exception: BaseException) -> None:  # type: ignore[override]  # ours only
         """Write the last good coefficients of a run that stops early."""
@@ -171,6 +180,7 @@ class MergedModel(pl.Callback):
 
 
 _FEWEST = 16
+_RUNAWAY = 2.0
 
 
 class Signs(NamedTuple):

@@ -1,5 +1,6 @@
 """The `adamerge` command: answers --help at once, and imports what a subcommand needs only then."""
 
+import errno
 import os
 import sys
 import warnings
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain(_how_to_resume(given), INTERRUPTED)
     except SystemExit as leaving:
-        if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning's way to end after Ctrl-C
+        by_sigterm = type(leaving).__name__ == "SIGTERMException"  # Lightning's, not imported here
+        if by_sigterm or isinstance(leaving.__context__, KeyboardInterrupt):
             return _complain(_how_to_resume(given), INTERRUPTED)
         raise
     except Exception as error:
@@ -128,6 +130,8 @@ def _known_problem(error: Exception) -> AdamergeError | None:
         )
     if "failed finding central directory" in text or "PytorchStreamReader" in text:
         return InputError("the checkpoint to resume from is cut off or no checkpoint.", "Start afresh.")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return EnvironmentProblem("the disk is full.", "Free some space; the last checkpoint is whole.")
     if type(error).__name__ == "MisconfigurationException":
         return InputError(text.splitlines()[0])
     return None

@@ -96,7 +96,7 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
         difference = _largest_difference(path, again)
         before, now = read_row(path / "result.json"), read_row(again / "result.json")
     console.print(f"largest difference of a coefficient: {difference:.3g}")
-    console.print(f"mean accuracy: {before.mean:.2f} before, {now.mean:.2f} now")
+    console.print(f"mean accuracy: {before.mean} before, {now.mean} now")
     if difference > tolerance or before.accuracy != now.accuracy:
         raise NumericError(f"{folder} was not reproduced.", "Compare `code` in both inputs.json files.")
     return 0

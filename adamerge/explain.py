@@ -18,7 +18,10 @@ _CLASS_PATH = re.compile(r"class_path '([\w.]+)'")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
 _FOUND = re.compile(r"(?:Got|Given) value: (.*)")
 _EXPECTED = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
-_NO_IMPORT = re.compile(r"Expected a dot import path string: (\S+)|No module named '([\w.]+)'")
+_NO_IMPORT = re.compile(
+    r"Expected a dot import path string: (\S+)|No module named '([\w.]+)'"
+    r"|class_path '([\w.]+)':\s+module '[\w.]+' has no attribute"
+)
 _VALUES = re.compile(r"'([^']*)'")
 
 
@@ -36,12 +39,10 @@ def explain(complaint: str, known_keys: Iterable[str], class_names: Iterable[str
     known_keys = list(known_keys)
     place = _PARSER_KEY.search(complaint)
     where = place[1] if place else ""
-    unknown = _UNKNOWN_ARGUMENT.search(complaint) or _UNKNOWN_KEY.search(complaint)
     nested = _NO_NESTED.search(complaint)
-    if nested:
-        return f"unknown key {nested[1]}.{nested[2]}.", nearest(f"{nested[1]}.{nested[2]}", known_keys)
+    unknown = nested or _UNKNOWN_ARGUMENT.search(complaint) or _UNKNOWN_KEY.search(complaint)
     if unknown:
-        return _unknown_key(unknown[1], where, complaint, known_keys)
+        return _unknown_key(".".join(unknown.groups()), "" if nested else where, complaint, known_keys)
     values = [value for literal in _LITERAL.findall(complaint) for value in _VALUES.findall(literal)]
     found = _FOUND.search(complaint)
     if values and found:
@@ -50,7 +51,7 @@ def explain(complaint: str, known_keys: Iterable[str], class_names: Iterable[str
         return f"{key}={found[1].strip()} is not a valid value.", nearest(found[1].strip(), values)
     missing = _NO_IMPORT.search(complaint)
     if missing:
-        name = missing[1] or missing[2]
+        name = missing[missing.lastindex or 0]
         return f"{where}: there is no class {name!r}.", nearest(name, class_names)
     expected = _EXPECTED.search(complaint)
     if expected:

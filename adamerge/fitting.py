@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +33,7 @@ from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
 from adamerge.static import edit as apply_edit
 from adamerge.task import MergeTask, published_adam
+from adamerge.tracking import SafeWandbLogger
 from adamerge.vectors import TaskVectors
 
 
@@ -166,7 +168,9 @@ class RunCLI(LightningCLI):
         return Path(self.settings.run_dir)
 
     def before_instantiate_classes(self) -> None:
-        """Look at the run folder before any work."""
+        """Look at what can be wrong before any work."""
+        if str(self.settings.trainer.precision) in ("16", "16-mixed") and not torch.cuda.is_available():
+            raise InputError("precision 16-mixed needs a GPU.", "Use bf16-mixed or 32-true on a CPU.")
         if self.subcommand == "fit":
             self._claim_folder()
             return
@@ -214,6 +218,8 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             write_text(self.folder / "config.yaml", self._resolved())
             write_text(path, json.dumps(inputs, indent=2) + "\n")
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(inputs)
 
     def after_fit(self) -> None:
         """Evaluate on labelled test images, and write the result row and the manifest."""
@@ -222,6 +228,7 @@ class RunCLI(LightningCLI):
             write_row(self.folder / "result.json", row)
             provenance.write_manifest(self.folder)
             print_table([row], str(self.folder))
+            self._log(row)
 
     def after_validate(self) -> None:
         """Print the label-free measures."""
@@ -254,6 +261,15 @@ class RunCLI(LightningCLI):
             notes=[guard.verdict] if guard.verdict else [],
             provenance=json.loads((self.folder / "inputs.json").read_text(encoding="utf-8")),
         )
+
+    def _log(self, row: ResultRow) -> None:
+        metrics = {f"eval/acc/{task}": value for task, value in row.accuracy.items()}
+        means = {"eval/acc_mean": row.mean, "eval/normalized_mean": row.normalized_mean}
+        metrics |= {name: value for name, value in means.items() if value is not None}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+            if isinstance(logger, SafeWandbLogger):
+                logger.close()
 
     def _claim_folder(self) -> None:
         """Refuse to mix two runs in one folder."""

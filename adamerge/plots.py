@@ -31,6 +31,7 @@ def heat_map(tasks: Sequence[str], groups: Sequence[str], values: Float[Tensor, 
 
 def accuracy_bars(rows: Sequence[ResultRow]) -> "Figure":
     """Draw the mean accuracy of every method, with one dot per task."""
+    rows = [row for row in rows if row.mean is not None]
     figure = _figure(width=8.0, height=1.2 + 0.36 * len(rows))
     axes = figure.add_subplot()
     places = range(len(rows))
@@ -62,7 +63,7 @@ def learning_curves(path: Path) -> "Figure":
         axes.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    if columns:
+    if axes.lines:
         axes.legend(fontsize=7)
     return figure
 

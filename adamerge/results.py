@@ -10,7 +10,6 @@ from typing import Any
 
 from adamerge.atomic import write_text
 
-
 _LOG_WIDTH = 160  # a file has no width of its own
 
 
@@ -21,7 +20,7 @@ class ResultRow:
     Attributes:
         method: Name of the method.
         accuracy: Top-1 accuracy in percent by task (micro average, task known).
-        mean: Plain mean over tasks.
+        mean: Plain mean over tasks; None where no task has labelled test images.
         normalized_mean: Mean of accuracy / the own expert's accuracy, in percent; None where the
             experts were not evaluated.
         transductive: Tasks whose test images were among the adaptation images.
@@ -31,7 +30,7 @@ class ResultRow:
 
     method: str
     accuracy: dict[str, float]
-    mean: float
+    mean: float | None
     normalized_mean: float | None = None
     transductive: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -49,9 +48,9 @@ def make_row(
         individual: The experts' own accuracies, for the normalised mean.
         more: Other attributes of `ResultRow`.
     """
-    mean = sum(accuracy.values()) / len(accuracy)
+    mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
     normalized = None
-    if individual and all(individual.get(task) for task in accuracy):
+    if accuracy and individual and all(individual.get(task) for task in accuracy):
         normalized = sum(100 * accuracy[t] / individual[t] for t in accuracy) / len(accuracy)
     return ResultRow(method, dict(accuracy), mean, normalized, **more)
 

@@ -21,6 +21,7 @@ from adamerge.state import State
 from adamerge.vectors import TaskVectors, staged_step
 
 MakeOptimizer = Callable[[Any], Optimizer]
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _CHECKPOINT_KEY = "adamerge"
 
 
@@ -300,6 +301,11 @@ class MergeTask(pl.LightningModule):
         unknown = [task for task in self.data.tasks if task not in self.heads]
         if unknown:
             raise InputError(f"data tasks {unknown} have no expert.", f"Experts: {list(self.vectors.tasks)}.")
+        if self.trainer.precision not in _PRECISIONS:
+            raise InputError(
+                f"precision {self.trainer.precision!r} would round the coefficients.",
+                f"Use one of {', '.join(_PRECISIONS)}: coefficients and heads stay in fp32.",
+            )
         if self._world_size() > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(
                 "the tasks are dealt out to the processes here, not by Lightning.",

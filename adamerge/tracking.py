@@ -119,6 +119,11 @@ class SafeWandbLogger(WandbLogger):
         self.log_table("coef/table", columns=["task", *groups], data=rows, step=step)
         self.experiment.log({"coef/heat_map": wandb.Image(heat_map(tasks, groups, values))})
 
+    @_guarded
+    def close(self) -> None:
+        """End the W&B run, so that the next run of this process gets one of its own."""
+        self.experiment.finish()
+
 
 def can_go_online() -> bool:
     """Tell whether W&B could be reached with a key, within two seconds."""

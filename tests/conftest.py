@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import open_clip
 import pytest
@@ -20,6 +21,12 @@ SIZE = 14
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn annotations' checks off, as they are for users, to see our own complaint of a wrong value."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def tiny_config(**vision: object) -> dict[str, object]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from adamerge.checkpoints import open_checkpoint
 from adamerge.cli import main
 from adamerge.commands import reproduce, verify
-from adamerge.errors import InputError, NumericError
+from adamerge.errors import AdamergeWarning, InputError, NumericError
 from runs import coefficients_of, fit, fit_arguments, method, write_benchmark
 
 
@@ -226,6 +226,32 @@ def test_a_loss_that_is_not_finite_ends_with_code_4_and_good_coefficients(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_without_test_images_there_is_no_accuracy_and_no_complaint(
+    tmp_path: Path, clip: Path, rows: dict
+) -> None:
+    for row in rows.values():
+        del row["test"]
+    assert fit(write_benchmark(tmp_path, clip, rows), tmp_path / "run") == 0
+    row = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert row["accuracy"] == {}
+    assert row["mean"] is None
+
+
+@pytest.mark.parametrize(("precision", "reason"), [("16-mixed", "needs a GPU"), ("bf16-true", "would round")])
+def test_precisions_that_cannot_work_are_refused(
+    precision: str, reason: str, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available() and precision == "16-mixed":
+        pytest.skip("there is a GPU")
+    assert fit(benchmark, tmp_path / "run", "--trainer.precision", precision) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_coefficients_that_run_away_are_pointed_at(benchmark: Path, tmp_path: Path) -> None:
+    with pytest.warns(AdamergeWarning, match="it ran away"):
+        assert fit(benchmark, tmp_path / "run", "--model.optimizer.init_args.lr", "1.0") == 0
+
+
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("wb") as stream:
@@ -245,7 +271,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
     pytest.fail(f"the run never came to step {step}")
 
 
-@pytest.mark.parametrize(("sign", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(("sign", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 0), (signal.SIGTERM, 0)])
 def test_an_interrupted_run_resumes_bit_for_bit(
     sign: signal.Signals, workers: int, benchmark: Path, tmp_path: Path
 ) -> None:
@@ -257,7 +283,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     process.send_signal(sign)
     code = process.wait(60)
     assert not (tmp_path / "cut" / "result.json").exists()
-    if sign == signal.SIGINT:
+    if sign != signal.SIGKILL:
         assert code == 130
         assert "Resume with: adamerge fit" in log.read_text()
     assert fit(benchmark, tmp_path / "cut", *steps, "0", "--ckpt_path", "last") == 0

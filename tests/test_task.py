@@ -9,7 +9,7 @@ from conftest import TASKS
 from torch import Tensor
 
 from adamerge import Entropy, InputError, KLTeacher, Learned, ReliableEntropy, SharpnessAware
-from adamerge.errors import NumericError
+from adamerge.errors import AdamergeWarning, NumericError
 from adamerge.models import predict_all
 from adamerge.objectives import Objective
 from runs import adapt, make_task, make_trainer, memory_data, noise
@@ -248,9 +248,10 @@ def test_premises_are_checked_before_any_work(clip: Path) -> None:
         make_trainer(1).fit(make_task(clip), train_dataloaders=[0], val_dataloaders=[0])
 
 
-def test_an_alien_data_set_smaller_than_a_batch_is_walked_again(clip: Path) -> None:
+def test_a_data_set_smaller_than_a_batch_is_walked_again(clip: Path) -> None:
     data = memory_data(n_adapt=3, holdout=0.0)
-    learned = adapt(make_task(clip, optimizer=adam(1e-2)), data, 3)
+    with pytest.warns(AdamergeWarning, match="3 adaptation images, fewer than a batch of 4"):
+        learned = adapt(make_task(clip, optimizer=adam(1e-2)), data, 3)
     assert torch.isfinite(learned).all()
 
 

@@ -71,7 +71,13 @@ def save_tensors(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str
 
 
 def _write_shard(state: State, file: Path, names: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> None:
-    tensors = {name: _cast(name, state[name], dtypes[name]) for name in names}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in names:
+        tensor = _cast(name, state[name], dtypes[name])
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor  # tied: `like` has both names
+        storages.add(storage)
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -1,6 +1,7 @@
 """The Lightning data module: one stream of unlabelled batches per task, and labelled test images."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from adamerge.data.datasets import Images, Preprocess, load_images
 from adamerge.data.sampling import StepSampler
 from adamerge.data.tasks import TaskSpec, resolve
-from adamerge.errors import DataError, InputError
+from adamerge.errors import AdamergeWarning, DataError, InputError
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -145,6 +146,13 @@ class MultiTaskData(pl.LightningDataModule):
 
     def _stream(self, task: str) -> DataLoader[Any]:
         images = self.adaptation(task)
+        if len(images) < self.batch_size:
+            warnings.warn(
+                f"task {task!r} has {len(images)} adaptation images, fewer than a batch of "
+                f"{self.batch_size}: some come twice in a step.",
+                AdamergeWarning,
+                stacklevel=2,
+            )
         sampler = StepSampler(
             len(images), self.batch_size, seed=self.seed, task=task, first_step=self.first_step
         )

@@ -54,6 +54,8 @@ def _register(
 ) -> Callable[[Function], Function]:
     def add(function: Function) -> Function:
         name = function.__name__
+        if name in rows:
+            raise ValueError(f"{name!r} is registered already, by {rows[name].function.__module__}")
         rows[name] = Method(name, title, source, scope, function, needs)
         return function
 

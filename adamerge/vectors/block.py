@@ -91,9 +91,20 @@ def project(
     Returns:
         d loss / d coefficients, fp32; None where no weight has a gradient.
     """
-    device = next((g.device.type for g in gradients if g is not None), "cpu")
-    with torch.no_grad(), torch.autocast(device, enabled=False):  # half precision would round, or overflow
-        columns = [None if g is None else b.project(g) for b, g in zip(blocks, gradients, strict=True)]
+    return stack_columns(
+        [None if g is None else project_one(b, g) for b, g in zip(blocks, gradients, strict=True)]
+    )
+
+
+@torch.no_grad()
+def project_one(block: Block, gradient: Float[Tensor, "*param"]) -> Float[Tensor, " task"]:
+    """Project one weight's gradient in fp32, under autocast too."""
+    with torch.autocast(gradient.device.type, enabled=False):
+        return block.project(gradient)
+
+
+def stack_columns(columns: Sequence[Float[Tensor, " task"] | None]) -> Float[Tensor, "task tensor"] | None:
+    """Join columns, with zeros where one is missing; None where all are."""
     known = next((column for column in columns if column is not None), None)
     if known is None:
         return None

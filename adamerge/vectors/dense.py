@@ -8,7 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 CODEC_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CHUNK = 2**21  # half-precision vectors are widened piece by piece: 8 MiB a task at most
+# Half-precision vectors are widened piece by piece, so many entries of all tasks together: on a CPU they
+# should stay in its cache (eight times faster), on a GPU few kernels should do the work.
+_CHUNK = 2**20
+_GPU_CHUNKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +62,21 @@ class DenseBlock:
         return DenseBlock(self.base.to(device), self.vectors.to(device))
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Walk ``[task, piece]`` views in fp32: whole where stored so, else widened in chunks."""
+        """Walk ``[task, piece]`` in fp32: whole where stored so, else widened in chunks.
+
+        A chunk's memory is used again for the next one.
+        """
         flat = self.vectors.flatten(1) if self.vectors.dim() > 1 else self.vectors[:, None]
-        size = flat.shape[1]
-        step = max(size, 1) if flat.dtype == torch.float32 else _CHUNK
+        tasks, size = flat.shape
+        if flat.dtype == torch.float32:
+            yield slice(0, size), flat
+            return
+        entries = _CHUNK if flat.device.type == "cpu" else _GPU_CHUNKS * _CHUNK
+        step = max(entries // tasks, 1)
+        wide = flat.new_empty(tasks, min(step, size), dtype=torch.float32)
         for start in range(0, size, step):
-            span = slice(start, min(start + step, size))
-            yield span, flat[:, span].float()
+            piece = flat[:, start : start + step]
+            yield slice(start, start + step), wide[:, : piece.shape[1]].copy_(piece)
 
 
 @dataclass(frozen=True)

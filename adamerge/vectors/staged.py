@@ -1,10 +1,13 @@
 """The staged step: the exact gradient of the coefficients at the cost of training one model.
 
 Merge once; treat the merged tensors as leaves; run forward and backward pass after pass, each graph freed
-at once, gradients adding up on the leaves; then project them onto the vectors, once.
+at once; project the leaves' gradients onto the vectors. Large gradients are projected and freed while the
+backward runs, so that no copy of the model's gradients ever exists; small ones add up over the passes and
+are projected once, which is faster.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.state import State
-from adamerge.vectors.block import project
+from adamerge.vectors.block import Block, project_one, stack_columns
 from adamerge.vectors.store import TaskVectors
+
+_LARGE = 2**17  # entries from which freeing a gradient at once is worth a projection in every pass
 
 
 class StepResult(NamedTuple):
@@ -50,15 +55,46 @@ def staged_step(
     names = vectors.names if names is None else names
     merged = vectors.merge(coefficients.detach(), names)
     leaves = {name: weight.requires_grad_() for name, weight in merged.items()}
+    columns = _Columns(vectors.blocks)
+    columns.watch(leaves)
     losses = []
     for loss_of in passes:
         loss = loss_of(leaves)
         if loss.requires_grad:
             (loss * scale).backward()
         losses.append(loss.detach())
-    gradients = [leaves[name].grad if name in leaves else None for name in vectors.names]
-    blocks = [vectors.blocks[name] for name in vectors.names]
-    gradient = project(blocks, gradients)
+    gradient = columns.matrix(leaves, vectors.names)
     if gradient is None:
         return StepResult(losses, torch.zeros_like(coefficients, dtype=torch.float32))
     return StepResult(losses, gradient / scale)
+
+
+class _Columns:
+    """The coefficients' gradient, tensor by tensor: collects the leaves' projected gradients."""
+
+    def __init__(self, blocks: Mapping[str, Block]) -> None:
+        self.blocks = blocks
+        self.known: dict[str, Tensor] = {}
+
+    def watch(self, leaves: State) -> None:
+        """Take large leaves' gradients as soon as they are there.
+
+        The hooks must not lead back to the leaves: such a cycle would keep them after the step.
+        """
+        for name, leaf in leaves.items():
+            if leaf.numel() >= _LARGE:
+                leaf.register_post_accumulate_grad_hook(partial(self._take, name))
+
+    def matrix(self, leaves: State, names: Sequence[str]) -> Float[Tensor, "task tensor"] | None:
+        """Take what is left on the leaves, and join the columns in the order of names."""
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                self._take(name, leaf)
+        return stack_columns([self.known.get(name) for name in names])
+
+    def _take(self, name: str, leaf: Tensor) -> None:
+        """Add the projection of a leaf's gradient to its column, and free the gradient."""
+        assert leaf.grad is not None  # a hook runs after accumulation
+        column = project_one(self.blocks[name], leaf.grad)
+        self.known[name] = self.known[name] + column if name in self.known else column
+        leaf.grad = None

@@ -219,17 +219,19 @@ def _encode(codec: Codec, name: str, base: Tensor, vectors: Tensor) -> Block:
 
 
 class _Norms:
-    """Squared norms gathered while reading: they tell foreign, unchanged and repeated experts."""
+    """Squared norms gathered while reading: they tell foreign, unchanged and, with sums, repeated experts."""
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self.tasks = tasks
         self.base = 0.0
         self.vectors: list[list[float]] = [[] for _ in tasks]
+        self.sums: list[list[float]] = [[] for _ in tasks]
 
     def add(self, base: Tensor, vectors: Tensor) -> None:
         self.base += float(base.double().square().sum())
-        for gathered, vector in zip(self.vectors, vectors, strict=True):
-            gathered.append(float(vector.double().square().sum()))
+        for squares, sums, vector in zip(self.vectors, self.sums, vectors, strict=True):
+            squares.append(float(vector.double().square().sum()))
+            sums.append(float(vector.sum(dtype=torch.float64)))
 
     def check(self, *, force: bool) -> None:
         """Refuse foreign experts and all-zero vectors; warn of an unchanged or repeated expert."""
@@ -245,11 +247,12 @@ class _Norms:
                 f"norm of task vector / norm of base: {found}.",
                 "They look fine-tuned from another base. Pass force=True to merge them all the same.",
             )
-        unchanged = [task for task, ratio in ratios.items() if ratio == 0]
+        unchanged = [t for t, squares in zip(self.tasks, self.vectors, strict=True) if not sum(squares)]
         if len(unchanged) == len(self.tasks):
             raise InputError("no expert differs from the base.", "Are these the fine-tuned files?")
         for task in unchanged:
             warnings.warn(f"expert {task!r} equals the base.", AdamergeWarning, stacklevel=3)
-        for (a, first), (b, second) in combinations(zip(self.tasks, self.vectors, strict=True), 2):
+        known = zip(self.tasks, zip(self.vectors, self.sums, strict=True), strict=True)
+        for (a, first), (b, second) in combinations(known, 2):
             if first == second and a not in unchanged:
                 warnings.warn(f"experts {a!r} and {b!r} are equal.", AdamergeWarning, stacklevel=3)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from adamerge.static import edit, merge
 from adamerge.vectors import TaskVectors
 
+pytestmark = pytest.mark.filterwarnings("ignore:expert")  # hypothesis likes zeros and repetitions
 SHAPES = {"b.weight": (2, 3), "a.bias": (4,), "c": ()}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
 

@@ -35,7 +35,7 @@ def letters(split: str, random: np.random.Generator) -> Labelled:
     far = np.abs(front - back).sum(axis=1, keepdims=True) > 1.2
     front = np.where(far, front, 1 - np.rint(back))
     light = 0.4 + 0.6 * ramp(random, count)[:, None]
-    return Labelled(finish(paint(ink, front, back) * light + grain(random, count, 0.05)), labels)
+    return Labelled(finish(paint(ink, front, back) * light + grain(random, count, 0.08)), labels)
 
 
 def greek(split: str, random: np.random.Generator) -> Labelled:

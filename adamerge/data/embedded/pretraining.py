@@ -25,7 +25,7 @@ from adamerge.data.embedded.painting import (
     ramp,
 )
 from adamerge.data.embedded.recipes import Labelled
-from adamerge.data.embedded.rows import EMBEDDED_TASKS, GREEK, STYLES, SYMBOLS
+from adamerge.data.embedded.rows import EMBEDDED_TASKS, GREEK, SCRIPTS, STYLES, SYMBOLS, VOCABULARY
 from adamerge.data.embedded.surfaces import pieces
 from adamerge.data.embedded.warp import SIDE, Jitter
 from adamerge.data.embedded.words import OTHER_WORDS, four_letters
@@ -61,9 +61,7 @@ class Concept:
 
 
 CONCEPTS = tuple(
-    Concept(words, EMBEDDED_TASKS[task].templates)
-    for task in _SHARES
-    for words in EMBEDDED_TASKS[task].classes
+    Concept(words, EMBEDDED_TASKS[task].templates) for task in _SHARES for words in VOCABULARY[task]
 )
 
 
@@ -80,13 +78,13 @@ def _masks() -> tuple[Float64[np.ndarray, "glyph 34 34"], Int64[np.ndarray, "con
     capitals = [bank(_STIX + _MODERN + SERIF, (letter,)) for letter in CAPITALS]
     greek = [bank(_STIX + SERIF, (letter,)) for letter in GREEK.values()]
     symbols = [bank(_PICTORIAL, (symbol,)) for symbol in SYMBOLS.values()]
-    none = [np.zeros((0, CANVAS, CANVAS))] * len(EMBEDDED_TASKS["scripts"].classes)
+    none = [np.zeros((0, CANVAS, CANVAS))] * len(SCRIPTS)
     groups = [*digits, *capitals, *greek, *symbols, *none, *map(_style_masks, STYLES)]
     return np.concatenate(groups), np.cumsum([0, *map(len, groups)])
 
 
 # The kind of each concept, where each kind begins, and how often a concept is drawn.
-_SIZES = [len(EMBEDDED_TASKS[task].classes) for task in _SHARES]
+_SIZES = [len(VOCABULARY[kind]) for kind in _SHARES]
 _KINDS = np.repeat(list(_SHARES), _SIZES)
 _FIRST = dict(zip(_SHARES, np.cumsum([0, *_SIZES]), strict=False))
 _OFTEN = np.repeat(np.array(list(_SHARES.values())) / _SIZES, _SIZES)

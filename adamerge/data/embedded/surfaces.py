@@ -7,7 +7,7 @@ from jaxtyping import Float64, Int64
 
 from adamerge.data.embedded.painting import Ink, blur, colours, finish, grain, ramp
 from adamerge.data.embedded.recipes import SIZES, Labelled, balanced_labels
-from adamerge.data.embedded.rows import SURFACES
+from adamerge.data.embedded.rows import SURFACES, in_vocabulary
 from adamerge.data.embedded.warp import SIDE, Jitter, warp
 from adamerge.data.embedded.wheels import photograph
 
@@ -64,10 +64,11 @@ def pieces(random: np.random.Generator, labels: Int64[np.ndarray, "image"], owne
 
 
 def textures(split: str, random: np.random.Generator) -> Labelled:
-    """Surfaces in weak coloured light, slightly out of focus, with sensor noise."""
-    labels = balanced_labels(random, SIZES[split], len(SURFACES))
+    """Surfaces in coloured light that falls off, out of focus, with sensor noise."""
+    places = in_vocabulary("textures")
+    labels = balanced_labels(random, SIZES[split], len(places))
     count = len(labels)
-    grey = blur(pieces(random, labels, split))[:, None]
-    contrast = random.uniform(0.8, 1.4, (count, 1, 1, 1))
+    grey = blur(pieces(random, places[labels], split))[:, None]
+    contrast = random.uniform(0.9, 1.3, (count, 1, 1, 1))
     light = colours(random, count, 0.5, 1.0) * (0.6 + 0.6 * ramp(random, count)[:, None])
     return Labelled(finish((0.5 + contrast * (grey - 0.5)) * light + grain(random, count, 0.04)), labels)

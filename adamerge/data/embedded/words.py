@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64
 from adamerge.data.embedded.glyphs import bank, draw, has_glyph
 from adamerge.data.embedded.painting import Ink, Picture, blur, clouds, colours, finish, grain, paint
 from adamerge.data.embedded.recipes import SIZES, Labelled, balanced_labels
-from adamerge.data.embedded.rows import SCRIPTS, STYLES
+from adamerge.data.embedded.rows import EMBEDDED_TASKS, SCRIPTS, STYLES, in_vocabulary
 from adamerge.data.embedded.warp import SIDE, Jitter, warp
 from adamerge.data.embedded.wheels import photograph
 
@@ -45,8 +45,9 @@ def four_letters(
 
 def scripts(split: str, random: np.random.Generator) -> Labelled:
     """Weak ink under a dot screen on grey paper."""
-    labels = balanced_labels(random, SIZES[split], len(SCRIPTS))
-    ink = four_letters(random, labels, ("DejaVuSans",))
+    places = in_vocabulary("scripts")
+    labels = balanced_labels(random, SIZES[split], len(places))
+    ink = four_letters(random, places[labels], ("DejaVuSans",))
     count = len(labels)
     phase = np.add.outer(np.arange(SIDE), np.arange(SIDE)) % 2
     screened = ink * (0.55 + 0.45 * phase) * (0.65 + 0.35 * clouds(random, count, 4))
@@ -73,13 +74,14 @@ def _scenery(random: np.random.Generator, count: int) -> Picture:
 
 def styles(split: str, random: np.random.Generator) -> Labelled:
     """A pale or dark word over a soft photograph."""
-    labels = balanced_labels(random, SIZES[split], len(STYLES))
-    masks = bank(tuple(STYLES.values()), TASK_WORDS, 24)
-    which = random.integers(len(TASK_WORDS), size=len(labels)) * len(STYLES) + labels
+    faces = tuple(STYLES[style] for style in EMBEDDED_TASKS["styles"].classes)
+    labels = balanced_labels(random, SIZES[split], len(faces))
+    masks = bank(faces, TASK_WORDS, 24)
+    which = random.integers(len(TASK_WORDS), size=len(labels)) * len(faces) + labels
     ink = draw(random, masks, which, Jitter(turn=4.0, zoom=(0.92, 1.06), shear=0.0, shift=1.5))
     count = len(labels)
     pale = random.random((count, 1, 1, 1)) < 0.5
-    back = 0.15 + 0.7 * blur(_scenery(random, count)) * 0.7
+    back = 0.2 + 0.4 * blur(_scenery(random, count))
     front = np.where(pale, colours(random, count, 0.8, 1.0), colours(random, count, 0.0, 0.1))
     back = np.where(pale, 0.7 * back, 0.35 + 0.7 * back)
     return Labelled(finish(paint(ink, front, back) + grain(random, count, 0.03)), labels)

@@ -1,0 +1,87 @@
+"""Hub ids, without a hub: `snapshot_download` is replaced where it would be reached."""
+
+import socket
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from adamerge.checkpoints import hub, open_checkpoint
+from adamerge.errors import EnvironmentProblem, InputError
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.delenv("https_proxy", raising=False)
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+@pytest.mark.parametrize("text", ["openai/clip-vit-base-patch32", "Qwen/Qwen2.5-7B", "a/b.c"])
+def test_hub_ids(text: str) -> None:
+    assert hub.is_hub_id(text)
+
+
+@pytest.mark.parametrize("text", ["model", "./a/b", "/a/b", "a/b/c", "runs/cars.safetensors", "runs/cars.pt"])
+def test_paths(text: str) -> None:
+    assert not hub.is_hub_id(text)
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_without_network_one_line_tells_the_local_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match=r"no local path .* \(the hub cannot be reached\)") as caught:
+        open_checkpoint("nobody/nothing", role="base")
+    assert caught.value.exit_code == 5
+    assert str(caught.value).splitlines()[1] == "Download it elsewhere and give the path of the local folder."
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_a_cached_model_needs_no_network(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def cached(repo_id: str, **options: object) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(clip / "base")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    assert open_checkpoint("owner/name").root == clip / "base"
+    assert asked["repo_id"] == "owner/name"
+    assert asked["local_files_only"] is True
+    assert "*.bin" not in asked["allow_patterns"]
+
+
+def test_an_id_that_the_hub_does_not_know_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_found(*_args: object, **_options: object) -> None:
+        raise LocalEntryNotFoundError("no such repository")
+
+    monkeypatch.setattr(hub, "_reachable", lambda endpoint: True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_found)
+    with pytest.raises(EnvironmentProblem, match="LocalEntryNotFoundError"):
+        hub.fetch("owner/name", "base")
+
+
+def test_reaching_tries_a_socket_unless_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert hub._reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert not hub._reachable("http://127.0.0.1:9", seconds=0.2)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    assert hub._reachable("http://127.0.0.1:9")
+
+
+def test_a_path_that_looks_like_no_hub_id_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="does not exist"):
+        open_checkpoint("runs/missing.safetensors")

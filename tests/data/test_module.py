@@ -1,0 +1,168 @@
+"""The data module: parts, loaders, labels that stay out, and images seen twice."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import CLASSES, TASKS
+
+from adamerge.data.module import MultiTaskData
+from adamerge.data.tasks import TaskSpec
+from adamerge.errors import DataError, InputError
+from adamerge.models import OpenClipBackbone
+
+Rows = dict[str, dict[str, Any]]
+Make = Callable[..., MultiTaskData]
+
+
+@pytest.fixture
+def make(clip: Path, rows: Rows) -> Make:
+    """Give a function from changed rows and options to a data module."""
+
+    def make(changes: Rows | None = None, **options: Any) -> MultiTaskData:
+        specs = {t: TaskSpec(**(row | (changes or {}).get(t, {}))) for t, row in rows.items()}
+        data = MultiTaskData(specs, **({"batch_size": 4} | options))
+        data.preprocess = OpenClipBackbone(clip / "base").preprocess
+        return data
+
+    return make
+
+
+def test_batches_hold_images_and_their_places_and_no_labels(make: Make) -> None:
+    data = make()
+    batch, _, _ = next(iter(data.train_dataloader()))
+    assert list(batch) == list(TASKS)
+    for task, part in batch.items():
+        assert set(part) == {"images", "index"}
+        assert torch.equal(part["images"], data.adaptation(task).images[part["index"]])
+
+
+def test_held_out_images_are_disjoint_from_those_adapted_on(make: Make) -> None:
+    data = make(holdout=0.25)
+    for task in TASKS:
+        adapted, held = data.adaptation(task), data.held_out(task)
+        assert (len(adapted), len(held)) == (9, 3)
+        assert not set(adapted.digests()) & set(held.digests())
+        assert adapted.labels is None
+        assert held.labels is None
+
+
+def test_without_a_holdout_all_images_serve_both(make: Make) -> None:
+    data = make(holdout=0.0)
+    assert len(data.adaptation("bars")) == len(data.held_out("bars")) == 12
+
+
+def images_of(loader: Any, steps: int) -> list[torch.Tensor]:
+    return [batch["circles"]["images"] for batch, _, _ in islice(loader, steps)]
+
+
+def test_the_stream_does_not_depend_on_workers(make: Make) -> None:
+    alone, helped = (images_of(make(num_workers=n).train_dataloader(), 3) for n in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_a_resumed_stream_goes_on_where_it_was(make: Make) -> None:
+    before, after = make(), make()
+    after.load_state_dict({"step": 2})
+    assert after.state_dict() == {"step": 2}
+    expected = images_of(before.train_dataloader(), 4)[2:]
+    assert all(
+        torch.equal(a, b) for a, b in zip(images_of(after.train_dataloader(), 2), expected, strict=True)
+    )
+
+
+def test_evaluation_walks_every_image_once_in_order(make: Make) -> None:
+    data = make(eval_batch_size=4)
+    assert data.tested_tasks == TASKS
+    for task, loader in zip(TASKS, data.test_dataloader(), strict=True):
+        batches = list(loader)
+        assert [len(batch["labels"]) for batch in batches] == [4, 4, 1]
+        assert torch.equal(torch.cat([b["images"] for b in batches]), data.test(task).images)
+        assert torch.cat([b["labels"] for b in batches]).unique().tolist() == list(range(len(CLASSES[task])))
+    for task, loader in zip(TASKS, data.val_dataloader(), strict=True):
+        assert torch.equal(torch.cat([b["images"] for b in loader]), data.held_out(task).images)
+
+
+def test_predictions_are_of_test_images_or_else_of_adaptation_images(make: Make) -> None:
+    data = make({"dots": {"test": None}})
+    assert data.tested_tasks == ("circles", "bars")
+    assert [sum(len(b["index"]) for b in loader) for loader in data.predict_dataloader()] == [9, 9, 12]
+    with pytest.raises(InputError, match="'dots', test images: none were given.\nSet data.tasks.dots.test"):
+        data.test("dots")
+
+
+def test_test_images_that_adaptation_saw_are_counted(make: Make, rows: Rows) -> None:
+    data = make({"bars": {"test": rows["bars"]["adapt"]}})
+    assert data.transductive() == {"circles": 0, "bars": 12, "dots": 0}
+
+
+def test_the_fingerprint_follows_the_images(make: Make, rows: Rows) -> None:
+    same, other = make(), make({"bars": {"adapt": rows["bars"]["test"]}})
+    assert make().fingerprint() == same.fingerprint()
+    assert [t for t in TASKS if same.fingerprint()[t] != other.fingerprint()[t]] == ["bars"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "mine"),
+    [(0, 1, TASKS), (0, 2, ("circles", "dots")), (1, 2, ("bars",)), (2, 3, ("dots",))],
+)
+def test_tasks_are_dealt_out_to_processes(make: Make, rank: int, world: int, mine: tuple[str, ...]) -> None:
+    data = make()
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, global_step=7)
+    assert data.tasks_here() == mine
+    assert data.state_dict() == {"step": 7}
+
+
+def test_more_processes_than_tasks_are_refused(make: Make) -> None:
+    data = make()
+    data.trainer = SimpleNamespace(global_rank=0, world_size=4)
+    with pytest.raises(InputError, match="4 processes for 3 tasks.*\nUse at most --trainer.devices 3"):
+        data.tasks_here()
+
+
+@pytest.mark.parametrize(
+    "option", [{"batch_size": 0}, {"eval_batch_size": -1}, {"holdout": 1.0}, {"holdout": -0.1}]
+)
+def test_options_out_of_range_are_refused(make: Make, option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="sizes must be positive and holdout in"):
+        make(**option)
+
+
+def test_images_from_files_need_a_models_preprocessing(make: Make) -> None:
+    data = make()
+    data.preprocess = None
+    with pytest.raises(InputError, match="need the model's preprocessing"):
+        data.adaptation("bars")
+
+
+class TestClasses:
+    def test_class_folders_and_class_names_differ_in_number(self, make: Make) -> None:
+        data = make({"bars": {"classes": ["0_flat", "2_upright"]}})
+        with pytest.raises(DataError) as caught:
+            data.test("bars")
+        assert str(caught.value) == (
+            "task 'bars' has 2 class names, its test images have 3; "
+            "first difference at index 1: '2_upright' vs '1_steep'.\n"
+            "List the class names in label order."
+        )
+        assert caught.value.exit_code == 3
+
+    @pytest.mark.parametrize("label", [-1, 2, 255])
+    def test_labels_outside_the_classes_are_refused(self, make: Make, label: int) -> None:
+        data = make()
+        images = data.test("dots")
+        images.labels[3] = label
+        data._loaded["dots", "test"] = type(images)(images.images, images.labels)
+        with pytest.raises(
+            DataError, match=f"'dots': test images have label {label}, there are 2 class names"
+        ):
+            data.test("dots")
+
+    def test_a_head_file_without_class_names_takes_any_labels(self, make: Make, tmp_path: Path) -> None:
+        (tmp_path / "head.safetensors").touch()
+        data = make({"bars": {"classes": [], "head": str(tmp_path / "head.safetensors")}})
+        assert int(data.test("bars").labels.max()) == 2

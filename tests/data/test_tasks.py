@@ -1,0 +1,74 @@
+"""A task is a row: what is filled in, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from torch import ones
+
+from adamerge.data.embedded import EMBEDDED_TASKS, SPLITS
+from adamerge.data.tasks import TaskSpec, embedded_source, resolve
+from adamerge.errors import InputError
+
+ROW = TaskSpec("images", classes=["a", "b"])
+
+
+def test_a_template_is_the_default() -> None:
+    assert resolve({"cars": ROW})["cars"] == TaskSpec("images", None, ["a", "b"], ["a photo of a {}."])
+
+
+def test_embedded_tasks_know_their_classes_and_templates() -> None:
+    name, known = next(iter(EMBEDDED_TASKS.items()))
+    row = resolve({name: TaskSpec(f"embedded:{name}/{SPLITS[0]}")})[name]
+    assert row.classes == list(known.classes)
+    assert row.templates == list(known.templates)
+    own = resolve({name: TaskSpec(f"embedded:{name}/{SPLITS[0]}", classes=["x"], templates=["{}!"])})[name]
+    assert (own.classes, own.templates) == (["x"], ["{}!"])
+
+
+def test_a_head_file_needs_no_class_names(tmp_path: Path) -> None:
+    save_file({"weight": ones(2, 2)}, tmp_path / "head.safetensors")
+    assert (
+        resolve({"cars": TaskSpec("images", head=str(tmp_path / "head.safetensors"))})["cars"].classes == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, "no tasks were given"),
+        ({"cars": ROW, "Cars": ROW}, "tasks 'cars' and 'Cars' differ only in case"),
+        ({"straße": ROW, "STRASSE": ROW}, "differ only in case"),
+        ({"a/b": ROW}, "task name 'a/b' cannot be a file name"),
+        ({"": ROW}, "task name '' cannot be"),
+        ({".hidden": ROW}, "task name '.hidden' cannot be"),
+        ({"cars": TaskSpec("images")}, "task 'cars' has no class names"),
+        (
+            {"cars": TaskSpec("images", classes=["a"], templates=["a photo"])},
+            "template 'a photo' has no '{}'",
+        ),
+        (
+            {"cars": TaskSpec("images", head="nowhere.safetensors")},
+            "head file nowhere.safetensors does not exist",
+        ),
+    ],
+)
+def test_wrong_rows_are_refused(tasks: dict[str, TaskSpec], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve(tasks)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_embedded_sources(split: str) -> None:
+    name = next(iter(EMBEDDED_TASKS))
+    assert embedded_source(f"embedded:{name}/{split}") == (name, split)
+
+
+def test_unknown_embedded_sources_get_the_nearest_known() -> None:
+    name = next(iter(EMBEDDED_TASKS))
+    with pytest.raises(InputError, match=f"'{name}x' is unknown.\nDid you mean '{name}'"):
+        embedded_source(f"embedded:{name}x/{SPLITS[0]}")
+    with pytest.raises(InputError, match="'tost' is unknown"):
+        resolve({name: TaskSpec(f"embedded:{name}/tost")})

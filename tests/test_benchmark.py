@@ -1,0 +1,135 @@
+"""A table of methods: each row once, continued after an interruption; and the demo on the shipped zoo."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import TASKS
+
+from adamerge import benchmark as benchmark_module
+from adamerge import commands, merge, open_checkpoint
+from adamerge.benchmark import Benchmark, configs
+from adamerge.cli import main
+from adamerge.errors import InputError
+from adamerge.fitting import locate, run
+from runs import fit_arguments, write_benchmark
+
+METHODS = ("zero_shot", "individual", "average", "adamerging_task_wise", "adamerging_layer_wise")
+SHORT = dict.fromkeys(METHODS, ("--trainer.max_steps", "3"))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, clip: Path, rows: dict) -> Benchmark:
+    return Benchmark(write_benchmark(tmp_path, clip, rows), tmp_path / "out")
+
+
+def test_rows_are_what_their_methods_say(tiny: Benchmark, tmp_path: Path) -> None:
+    rows = {row.method: row for row in tiny.run(METHODS, SHORT)}
+    assert list(rows) == list(METHODS)
+    individual = rows["individual"].accuracy
+    for row in rows.values():
+        assert row.mean == pytest.approx(sum(row.accuracy.values()) / len(TASKS))
+        if all(individual.values()):
+            assert row.normalized_mean is not None
+    average = merge(tiny._vectors, "average")
+    assert rows["average"].accuracy["dots"] == tiny._accuracy(average, "dots")
+    base = tiny._vectors.base_state()
+    assert rows["zero_shot"].accuracy["bars"] == tiny._accuracy(base, "bars")
+
+
+def test_an_interrupted_table_continues_where_it_stopped(
+    tiny: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def stop_in_the_second(arguments: list[str]) -> object:
+        calls.append(arguments[arguments.index("--run_dir") + 1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(arguments)
+
+    monkeypatch.setattr(benchmark_module, "run", stop_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(METHODS, SHORT)
+    monkeypatch.setattr(tiny, "_static", lambda _: pytest.fail("static rows were finished"))
+    rows = tiny.run(METHODS, SHORT)
+    assert len(rows) == len(METHODS)
+    assert [Path(call).name for call in calls] == [METHODS[3], METHODS[4], METHODS[4]]
+
+
+def test_a_run_that_was_cut_is_resumed_not_repeated(
+    tiny: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.folder("adamerging_layer_wise")
+    cut = fit_arguments(tiny.config, folder, "--trainer.max_steps", "2", "--evaluate_experts", "false")
+    assert main(cut) == 0
+    (folder / "result.json").unlink()
+    seen: list[list[str]] = []
+    monkeypatch.setattr(benchmark_module, "run", lambda arguments: seen.append(arguments) or run(arguments))
+    tiny.run(["adamerging_layer_wise"], SHORT)
+    assert "--ckpt_path" in seen[0]
+    assert (folder / "curves.csv").read_text().splitlines()[-1].startswith("3,")
+
+
+def test_an_unknown_method_names_the_nearest(tiny: Benchmark) -> None:
+    with pytest.raises(
+        InputError, match=r"'adamerging_layerwise' is unknown.\nDid you mean 'adamerging_layer_wise'"
+    ):
+        tiny.run(["adamerging_layerwise"])
+
+
+def test_embedded_models_are_found_by_name() -> None:
+    assert (locate("embedded:base") / "open_clip_config.json").exists()
+    assert locate("embedded:mnist").exists()
+    assert locate("some/where") == Path("some/where")
+    with pytest.raises(InputError, match=r"'mnits' is unknown.\nDid you mean 'mnist'?"):
+        locate("embedded:mnits")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    assert commands.demo(str(out)) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_the_readme_claims(demo: Path) -> None:
+    table = json.loads((demo / "results.json").read_text())
+    mean = {row["method"]: row["mean"] for row in table["rows"]}
+    assert tuple(mean) == commands.DEMO_METHODS
+    static = max(mean[name] for name in ("average", "task_arithmetic", "ties"))
+    adaptive = [value for name, value in mean.items() if name.startswith("adamerging")]
+    assert mean["individual"] >= 88
+    assert mean["zero_shot"] < static < mean["adamerging_layer_wise"] < mean["individual"]
+    assert max(adaptive) - static >= 0.5 * (mean["individual"] - static)
+    for row in table["rows"]:
+        assert set(row["accuracy"]) == set(table["tasks"])
+        assert row["transductive"] == []
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_pictures_curves_a_merged_model_and_an_offline_run(demo: Path) -> None:
+    for name in ("accuracy.png", "coefficients.png", "curves.png"):
+        assert (demo / name).read_bytes().startswith(b"\x89PNG")
+    assert (demo / "results.md").read_text().count("\n") == 2 + len(commands.DEMO_METHODS)
+    model = open_clip.create_model(f"local-dir:{demo / 'merged'}")
+    assert torch.isfinite(model.encode_image(torch.zeros(1, 3, 28, 28))).all()
+    assert (demo / "merged" / "README.md").read_text().startswith("---\ntags:\n- merge")
+    assert list(demo.rglob("run-*.wandb"))
+    assert set(open_checkpoint(demo / "merged")) == set(open_checkpoint(locate("embedded:base")))
+
+
+@pytest.mark.slow
+def test_a_finished_demo_is_not_computed_again(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (demo / "results.json").read_bytes()
+    monkeypatch.setattr(benchmark_module, "run", lambda _: pytest.fail("computed again"))
+    assert commands.demo(str(demo)) == 0
+    assert (demo / "results.json").read_bytes() == before
+
+
+def test_the_configurations_travel_with_the_package() -> None:
+    assert (configs() / "benchmarks" / "embedded.yaml").exists()
+    assert {path.stem for path in (configs() / "methods").glob("*.yaml")} >= set(commands.DEMO_METHODS[5:])

@@ -1,0 +1,70 @@
+"""Pictures show the numbers that they were given, and are files of the right kind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamerge.errors import EnvironmentProblem
+from adamerge.plots import accuracy_bars, heat_map, learning_curves, save_picture
+from adamerge.results import make_row
+
+pytest.importorskip("matplotlib")
+
+
+def test_the_heat_map_is_centred_on_zero_and_names_rows_and_columns() -> None:
+    values = torch.tensor([[0.1, -0.4], [0.3, 0.2]])
+    figure = heat_map(["cars", "digits"], ["visual.proj", "visual.transformer.resblocks.1"], values)
+    (image,) = figure.axes[0].images
+    assert torch.equal(torch.tensor(image.get_array()), values)
+    assert image.get_clim() == pytest.approx((-0.4, 0.4))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cars", "digits"]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["proj", "block 1"]
+
+
+def test_the_heat_map_of_zeros_is_white() -> None:
+    (image,) = heat_map(["cars"], ["all"], torch.zeros(1, 1)).axes[0].images
+    assert image.norm(0.0) == 0.5
+
+
+def test_bars_are_means_and_dots_are_tasks() -> None:
+    rows = [make_row("ties", {"cars": 60.0, "digits": 90.0}), make_row("merged", {"cars": 70.0})]
+    (axes,) = accuracy_bars(rows).axes
+    assert [bar.get_width() for bar in axes.patches] == [75, 70]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["ties", "merged"]
+    cars, digits = axes.lines
+    assert list(cars.get_xdata()) == [60, 70]
+    assert digits.get_xdata()[0] == 90
+    assert digits.get_xdata()[1] != digits.get_xdata()[1]  # NaN: no dot
+
+
+def test_curves_skip_steps_at_which_a_task_had_no_loss(tmp_path: Path) -> None:
+    (tmp_path / "curves.csv").write_text("step,cars,digits\n0,1.5,2\n1,,1\n2,0.5,0\n")
+    (axes,) = learning_curves(tmp_path / "curves.csv").axes
+    assert [(line.get_label(), list(line.get_xdata())) for line in axes.lines] == [
+        ("cars", [0, 2]),
+        ("digits", [0, 1, 2]),
+    ]
+
+
+@pytest.mark.parametrize("text", ["step,cars\n", "step,cars\n0,\n"])
+def test_curves_of_a_run_without_losses_are_empty(tmp_path: Path, text: str) -> None:
+    (tmp_path / "curves.csv").write_text(text)
+    save_picture(tmp_path / "curves.png", lambda: learning_curves(tmp_path / "curves.csv"))
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_picture_is_a_png_with_ordinary_permissions(tmp_path: Path) -> None:
+    save_picture(tmp_path / "new" / "heat.png", lambda: heat_map(["a"], ["b"], torch.ones(1, 1)))
+    assert (tmp_path / "new" / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_message_tells_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'adamerge\[plot\]'") as caught:
+        save_picture(tmp_path / "heat.png", lambda: heat_map(["a"], ["b"], torch.ones(1, 1)))
+    assert caught.value.exit_code == 5
+    assert list(tmp_path.iterdir()) == []

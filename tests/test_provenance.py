@@ -1,0 +1,87 @@
+"""Where a result comes from, and what may change before it is another result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import adamerge
+from adamerge.errors import InputError
+from adamerge.provenance import changed_files, code_version, model_card, require_same_inputs, write_manifest
+
+INPUTS = {
+    "config": {"lr": 1e-3, "trainer": {"max_steps": 10}},
+    "weights": {"base": "aa", "cars": "bb"},
+    "code": {"source": "11"},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    inputs = json.loads(json.dumps(INPUTS))
+    *parents, last = path.split(".")
+    place = inputs
+    for name in parents:
+        place = place.setdefault(name, {})
+    place[last] = value
+    return inputs
+
+
+def test_the_code_version_names_what_computes() -> None:
+    version = code_version()
+    assert version["adamerge"] == adamerge.__version__
+    assert len(version["source"]) == 64
+    assert {"torch", "pytorch-lightning", "open_clip_torch"} <= set(version)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("config.trainer.max_steps", 99), ("code.source", "22"), ("code.torch", "3")]
+)
+def test_more_steps_and_another_code_version_may_resume(path: str, value: object) -> None:
+    require_same_inputs(INPUTS, changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("config.lr", 0.1, "config.lr: 0.001 before, 0.1 now"),
+        ("weights.cars", "cc", "weights.cars: 'bb' before, 'cc' now"),
+        ("config.clamp", "on", "config.clamp: None before, 'on' now"),
+    ],
+)
+def test_other_inputs_may_not(path: str, value: object, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        require_same_inputs(INPUTS, changed(path, value))
+    assert told in str(caught.value)
+    assert "--resume_anyway true" in str(caught.value)
+
+
+def test_a_finished_run_is_verified_file_by_file(tmp_path: Path) -> None:
+    for name in ("a.txt", "merged/model.bin", "wandb/log"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    write_manifest(tmp_path)
+    (tmp_path / "wandb" / "log").write_text("W&B goes on writing")
+    assert changed_files(tmp_path) == []
+    (tmp_path / "a.txt").write_text("other")
+    (tmp_path / "merged" / "model.bin").unlink()
+    assert changed_files(tmp_path) == ["a.txt: changed", "merged/model.bin: missing"]
+
+
+def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no manifest\.json\.\nOnly a finished run"):
+        changed_files(tmp_path)
+
+
+def test_the_model_card_is_front_matter_and_text() -> None:
+    config = {"coefficients": {"clamp": "off"}, "note": "a: b"}
+    card = model_card("ties", "owner/base", {"cars": "owner/cars", "digits": "x y.safetensors"}, config)
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "tags": ["merge", "adamerge"],
+        "base_model": ["owner/base", "owner/cars", "x y.safetensors"],
+        "base_model_relation": "merge",
+    }
+    assert "- digits: `x y.safetensors`" in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == config

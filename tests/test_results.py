@@ -1,0 +1,86 @@
+"""Rows and tables."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamerge.results import (
+    ResultRow,
+    make_row,
+    print_table,
+    read_row,
+    table_lines,
+    write_predictions,
+    write_row,
+    write_table,
+)
+
+ROWS = [
+    make_row("individual", {"cars": 80.0, "digits": 100.0}, {"cars": 80.0, "digits": 100.0}),
+    make_row(
+        "merged",
+        {"cars": 60.0, "digits": 90.0, "new": 12.345},
+        notes=["stopped early"],
+        transductive=["cars"],
+        provenance={"code": {"adamerge": "0"}},
+    ),
+]
+
+
+def test_the_means() -> None:
+    row = make_row("x", {"cars": 60.0, "digits": 90.0}, {"cars": 80.0, "digits": 100.0})
+    assert row.mean == 75
+    assert row.normalized_mean == pytest.approx((75 + 90) / 2)
+
+
+@pytest.mark.parametrize("individual", [None, {}, {"cars": 80.0}, {"cars": 80.0, "digits": 0.0}])
+def test_without_every_experts_accuracy_there_is_no_normalised_mean(individual: dict[str, float]) -> None:
+    assert make_row("x", {"cars": 60.0, "digits": 90.0}, individual).normalized_mean is None
+
+
+def test_a_row_comes_back_from_its_file(tmp_path: Path) -> None:
+    write_row(tmp_path / "run" / "result.json", ROWS[1])
+    assert read_row(tmp_path / "run" / "result.json") == ROWS[1]
+
+
+def test_lines_cover_all_tasks_and_mark_what_is_transductive() -> None:
+    assert table_lines(ROWS) == [
+        ["method", "cars", "digits", "new", "mean", "normalized"],
+        ["individual", "80.0", "100.0", "-", "90.0", "100.0"],
+        ["merged", "60.0*", "90.0", "12.3", "54.1", "-"],
+    ]
+
+
+def test_the_three_files_hold_the_same_table(tmp_path: Path) -> None:
+    write_table(tmp_path, ROWS)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["tasks"] == ["cars", "digits", "new"]
+    assert [ResultRow(**row) for row in document["rows"]] == ROWS
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert list(csv.reader(stream)) == table_lines(ROWS)
+    markdown = (tmp_path / "results.md").read_text().splitlines()
+    assert markdown[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
+    assert markdown[3] == "| merged | 60.0* | 90.0 | 12.3 | 54.1 | - |"
+
+
+def test_the_terminal_shows_the_table_and_every_note(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(ROWS, "demo")
+    printed = capsys.readouterr().out
+    for fragment in ("demo", "54.1", "merged: stopped early", "* transductive: the test images"):
+        assert fragment in printed
+    print_table(ROWS[:1], "demo")
+    assert "transductive" not in capsys.readouterr().out
+
+
+def test_predictions_name_the_class_where_names_are_known(tmp_path: Path) -> None:
+    columns = {"index": torch.tensor([4, 5]), "class": torch.tensor([1, 0])}
+    columns["probability"] = torch.tensor([0.5, 0.25])
+    batches = [{"task": task, **columns} for task in ("cars", "digits")]
+    write_predictions(tmp_path / "predictions.csv", batches, {"cars": ["Audi", "BMW, new"]})
+    with (tmp_path / "predictions.csv").open(newline="") as stream:
+        _, *lines = csv.reader(stream)
+    assert lines[0] == ["cars", "4", "1", "BMW, new", "0.500000"]
+    assert lines[3] == ["digits", "5", "0", "", "0.250000"]
