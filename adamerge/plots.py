@@ -35,7 +35,7 @@ def accuracy_bars(rows: Sequence[ResultRow]) -> "Figure":
     figure = _figure(width=8.0, height=1.2 + 0.36 * len(rows))
     axes = figure.add_subplot()
     places = range(len(rows))
-    axes.barh(places, [row.mean for row in rows], color="#9ecae1")
+    axes.barh(places, [row.mean or 0.0 for row in rows], color="#9ecae1")
     tasks = list(dict.fromkeys(t for row in rows for t in row.accuracy))
     colours = _colours(len(tasks))
     for task, colour in zip(tasks, colours, strict=True):
@@ -47,7 +47,8 @@ def accuracy_bars(rows: Sequence[ResultRow]) -> "Figure":
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("top-1 accuracy, % (bar: mean; dots: tasks)")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if tasks:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

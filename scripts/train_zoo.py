@@ -88,9 +88,9 @@ class Recipe:
     base_lr: float = 2e-3
     base_decay: float = 0.05
     base_warmup: int = 200
-    expert_steps: int = 100
+    expert_steps: int = 120
     expert_batch: int = 64
-    expert_lr: float = 2e-4
+    expert_lr: float = 1e-4
     expert_warmup: int = 10
 
 

@@ -39,6 +39,12 @@ def test_bars_are_means_and_dots_are_tasks() -> None:
     assert digits.get_xdata()[1] != digits.get_xdata()[1]  # NaN: no dot
 
 
+def test_rows_without_accuracy_get_no_bar() -> None:
+    (axes,) = accuracy_bars([make_row("unmeasured", {}), make_row("ties", {"cars": 60.0})]).axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["ties"]
+    assert not accuracy_bars([make_row("unmeasured", {})]).axes[0].patches
+
+
 def test_curves_skip_steps_at_which_a_task_had_no_loss(tmp_path: Path) -> None:
     (tmp_path / "curves.csv").write_text("step,cars,digits\n0,1.5,2\n1,,1\n2,0.5,0\n")
     (axes,) = learning_curves(tmp_path / "curves.csv").axes

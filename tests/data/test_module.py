@@ -12,7 +12,7 @@ from conftest import CLASSES, TASKS
 
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
-from adamerge.errors import DataError, InputError
+from adamerge.errors import AdamergeWarning, DataError, InputError
 from adamerge.models import OpenClipBackbone
 
 Rows = dict[str, dict[str, Any]]
@@ -73,6 +73,17 @@ def test_a_resumed_stream_goes_on_where_it_was(make: Make) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(images_of(after.train_dataloader(), 2), expected, strict=True)
     )
+
+
+def test_a_task_with_fewer_images_than_a_batch_is_warned_of_and_used(make: Make) -> None:
+    data = make(batch_size=11)
+    with pytest.warns(AdamergeWarning) as caught:
+        (images,) = images_of(data.train_dataloader(), 1)
+    assert [str(w.message) for w in caught if w.category is AdamergeWarning] == [
+        f"task {task!r} has 10 adaptation images, fewer than a batch of 11: some come twice in a step."
+        for task in TASKS
+    ]
+    assert len(images) == 11
 
 
 def test_evaluation_walks_every_image_once_in_order(make: Make) -> None:
