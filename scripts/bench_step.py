@@ -5,13 +5,14 @@
 
 The step is the one that users run: MergeTask's training step, its backward and the optimizer. The floor
 is a plain forward and backward of one model of the same architecture: same images, heads and loss, no
-merge. Both run in one process, in turn; medians are reported. Merge and projection are timed alone too,
-beside a copy of memory on the same device.
+merge. Both run in one process, in turn; medians are reported. Merge and one projection are timed alone too,
+beside a copy of memory on the same device; `forward_backward_s` is the rest of the step, in which large
+gradients are projected once more in every pass.
 
 `--memory` instead measures peak memory, each setting in a process of its own, for steps that see the
 images of 2, 4, ... tasks, against the budget: base + vectors + one gradient copy + the activations of one
-task. The libraries' own memory is taken off; the batch itself and a little slack are allowed. glibc's allocator keeps freed blocks below its moving mmap
-threshold, so the threshold is fixed and reported.
+task. The libraries' own memory is taken off; the batch itself and a little slack are allowed. glibc's
+allocator keeps freed blocks below its moving mmap threshold, so the threshold is fixed and reported.
 """
 
 import argparse

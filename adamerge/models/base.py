@@ -56,6 +56,8 @@ class ModuleBackbone:
     ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.prefix = prefix
+        # looking for tied weights takes as long as a small layer: once is enough
+        self._is_tied = len([*module.named_parameters(remove_duplicate=False)]) > len([*module.parameters()])
         self.mean = torch.tensor(mean).reshape(-1, 1, 1)
         self.std = torch.tensor(std).reshape(-1, 1, 1)
         self._preprocess = preprocess
@@ -78,7 +80,7 @@ class ModuleBackbone:
         own = {name[cut:]: w for name, w in weights.items() if name.startswith(self.prefix)}
         if inputs.dtype == torch.uint8:
             inputs = (inputs.float() / 255 - self.mean) / self.std
-        return functional_call(self.module, own, (inputs,), tie_weights=True)
+        return functional_call(self.module, own, (inputs,), tie_weights=self._is_tied)
 
     def preprocess(self, image: Any) -> Tensor:
         """Turn one PIL image into a uint8 tensor; a backbone without transform passes it on."""
