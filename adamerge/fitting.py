@@ -226,6 +226,7 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             row = self.result()
             write_row(self.folder / "result.json", row)
+            write_text(self.folder / "merged" / "README.md", self._card(row))
             provenance.write_manifest(self.folder)
             print_table([row], str(self.folder))
             self._log(row)
@@ -309,11 +310,10 @@ class RunCLI(LightningCLI):
             config.pop(name, None)
         return self._parser(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
 
-    def _card(self) -> str:
-        model = self.settings.model
-        return provenance.model_card(
-            self.settings.method, model.base, dict(model.experts), yaml.safe_load(self._resolved())
-        )
+    def _card(self, row: ResultRow | None = None) -> str:
+        sources = {"base": self.settings.model.base, **self.settings.model.experts}
+        config = yaml.safe_load(self._resolved())
+        return provenance.model_card(sources, self.model.vectors.digests, config, row)
 
 
 def run(args: Sequence[str]) -> RunCLI:

@@ -11,6 +11,7 @@ import yaml
 import adamerge
 from adamerge.atomic import write_text
 from adamerge.errors import InputError, shortlist
+from adamerge.results import ResultRow, markdown_table
 
 MANIFEST = "manifest.json"
 _HARMLESS = (  # they change how a run goes, or how long, but no step of it
@@ -79,17 +80,32 @@ def changed_files(folder: Path) -> list[str]:
     ]
 
 
-def model_card(method: str, base: str, experts: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Write a model card in the hub's form: front matter, what was merged, and how."""
-    front: dict[str, Any] = {"tags": ["merge", "adamerge"], "base_model": [base, *experts.values()]}
-    front["base_model_relation"] = "merge"
-    listed = "\n".join(f"- {task}: `{path}`" for task, path in experts.items())
+def model_card(
+    sources: Mapping[str, str],
+    digests: Mapping[str, str],
+    config: Mapping[str, Any],
+    row: ResultRow | None = None,
+) -> str:
+    """Write a model card in the hub's form: front matter, what was merged, how, and how well.
+
+    Args:
+        sources: Path or id of the "base" and of each expert.
+        digests: SHA-256 of the same.
+        config: The resolved configuration.
+        row: The evaluated row, once there is one.
+    """
+    front = {
+        "tags": ["merge", "adamerge"],
+        "base_model": list(sources.values()),
+        "base_model_relation": "merge",
+    }
+    listed = "\n".join(f"- {name}: `{path}` (SHA-256 `{digests[name]}`)" for name, path in sources.items())
+    results = f"## Top-1 accuracy, %\n\n{markdown_table([row])}\n" if row and row.accuracy else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# Merged by adamerge {adamerge.__version__}: {method}\n\n"
-        f"Base: `{base}`\n\nExperts:\n\n{listed}\n\n"
+        f"# Merged by adamerge {adamerge.__version__}: {config.get('method', 'adaptive')}\n\n{listed}\n\n"
         "The weights are one static model in the base's own layout; they load without adamerge.\n\n"
-        f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
+        f"{results}## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
     )
 
 

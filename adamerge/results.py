@@ -74,7 +74,14 @@ def write_table(folder: Path, rows: Sequence[ResultRow], stem: str = "results") 
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([header, *lines])
     write_text(folder / f"{stem}.csv", stream.getvalue())
-    write_text(folder / f"{stem}.md", _markdown(header, lines))
+    write_text(folder / f"{stem}.md", markdown_table(rows))
+
+
+def markdown_table(rows: Sequence[ResultRow]) -> str:
+    """Give the table in Markdown."""
+    header, *lines = table_lines(rows)
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (header, ruler, *lines))
 
 
 def table_lines(rows: Sequence[ResultRow]) -> list[list[str]]:
@@ -137,8 +144,3 @@ def _tasks_of(rows: Iterable[ResultRow]) -> list[str]:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (header, ruler, *lines))

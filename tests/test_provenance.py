@@ -10,6 +10,7 @@ import yaml
 import adamerge
 from adamerge.errors import InputError
 from adamerge.provenance import changed_files, code_version, model_card, require_same_inputs, write_manifest
+from adamerge.results import make_row
 
 INPUTS = {
     "config": {"lr": 1e-3, "trainer": {"max_steps": 10}},
@@ -75,13 +76,17 @@ def test_a_folder_without_manifest_cannot_be_verified(tmp_path: Path) -> None:
 
 
 def test_the_model_card_is_front_matter_and_text() -> None:
-    config = {"coefficients": {"clamp": "off"}, "note": "a: b"}
-    card = model_card("ties", "owner/base", {"cars": "owner/cars", "digits": "x y.safetensors"}, config)
+    config = {"method": "ties", "coefficients": {"clamp": "off"}, "note": "a: b"}
+    sources = {"base": "owner/base", "cars": "owner/cars", "digits": "x y.safetensors"}
+    digests = {name: name[0] * 64 for name in sources}
+    card = model_card(sources, digests, config, make_row("ties", {"cars": 80.0, "digits": 90.0}))
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "tags": ["merge", "adamerge"],
         "base_model": ["owner/base", "owner/cars", "x y.safetensors"],
         "base_model_relation": "merge",
     }
-    assert "- digits: `x y.safetensors`" in text
+    assert f"- digits: `x y.safetensors` (SHA-256 `{'d' * 64}`)" in text
+    assert "| ties | 80.0 | 90.0 | 85.0 | - |" in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == config
+    assert "accuracy" not in model_card(sources, digests, config)
