@@ -150,7 +150,7 @@ def _named_disk_errors(target: Path) -> Iterator[None]:
         reasons = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only"}
         reasons |= {errno.EACCES: "permission was denied", errno.EDQUOT: "the disk quota is used up"}
         reasons |= {errno.ENOTDIR: "a parent is a file", errno.EEXIST: "a parent is a file"}
-        reasons |= {errno.EISDIR: "a folder has that name"}
+        reasons |= {errno.EISDIR: "a folder has that name", errno.ENOENT: "no folder can be made there"}
         number = getattr(error, "errno", None)
         if number is None and "No space left" in str(error):
             number = errno.ENOSPC

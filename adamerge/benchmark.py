@@ -1,5 +1,6 @@
 """A table of methods on one benchmark: each row computed once, resumable, all written together."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,7 +11,8 @@ import yaml
 from torch import Tensor
 
 from adamerge import provenance
-from adamerge.atomic import atomic_folder
+from adamerge.atomic import atomic_folder, write_text
+from adamerge.checkpoints import open_checkpoint
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
@@ -24,6 +26,7 @@ from adamerge.static import METHODS, merge
 from adamerge.vectors import TaskVectors
 
 _BOUNDS = ("zero_shot", "individual")
+_RESUME, _ANEW = ("--ckpt_path", "last"), ("--overwrite", "true")
 
 
 def configs() -> Path:
@@ -76,35 +79,48 @@ class Benchmark:
         return self.out / "methods" / method
 
     def _row(self, method: str, extra: Sequence[str]) -> ResultRow:
-        result = self.folder(method) / "result.json"
-        if result.exists():
-            row = read_row(result)
-            if row.provenance.get("code") == provenance.code_version():
-                console.print(f"{method}: done before")
-                return row
-        if method in _BOUNDS or method in METHODS:
+        """Read a finished row, or compute it; a row of other inputs or options counts as none."""
+        folder, stamp = self.folder(method), self.out / "methods" / f"{method}.stamp"
+        is_static = method in _BOUNDS or method in METHODS
+        current = self._stamp(method, extra)
+        is_ours = stamp.exists() and stamp.read_text(encoding="utf-8") == current
+        last_file = folder / ("result.json" if is_static else provenance.MANIFEST)
+        if is_ours and last_file.exists():
+            console.print(f"{method}: done before")
+            return read_row(folder / "result.json")
+        write_text(stamp, current)
+        if is_static:
             row = make_row(method, self._static(method), provenance={"code": provenance.code_version()})
-            write_row(result, row)
+            write_row(folder / "result.json", row)
             console.print(f"{method}: done")
-            return row
-        self._adapt(method, extra)
-        return read_row(result)
+        else:
+            can_resume = is_ours and (folder / "checkpoints" / "last.ckpt").exists()
+            self._adapt(method, [*(_RESUME if can_resume else _ANEW), *extra])
+        return read_row(folder / "result.json")
 
-    def _adapt(self, method: str, extra: Sequence[str]) -> None:
-        """Run `adamerge fit`, from its last checkpoint if it was interrupted."""
+    def _adapt(self, method: str, more: Sequence[str]) -> None:
+        """Run `adamerge fit`."""
+        files = ["--config", str(self.config), "--config", str(self._method_file(method))]
+        run(["fit", *files, "--run_dir", str(self.folder(method)), "--evaluate_experts", "false", *more])
+
+    def _method_file(self, method: str) -> Path:
         known = {path.stem: path for path in (configs() / "methods").glob("*.yaml")}
         if method not in known:
             raise InputError(f"method {method!r} is unknown.", nearest(method, [*known, *METHODS, *_BOUNDS]))
-        folder = self.folder(method)
-        resume = ["--ckpt_path", "last"] if self._can_resume(folder) else ["--overwrite", "true"]
-        files = ["--config", str(self.config), "--config", str(known[method])]
-        run(["fit", *files, "--run_dir", str(folder), "--evaluate_experts", "false", *resume, *extra])
+        return known[method]
 
-    def _can_resume(self, folder: Path) -> bool:
-        inputs = folder / "inputs.json"
-        if not inputs.exists() or not (folder / "checkpoints" / "last.ckpt").exists():
-            return False
-        return yaml.safe_load(inputs.read_text())["code"] == provenance.code_version()
+    def _stamp(self, method: str, extra: Sequence[str]) -> str:
+        """Tell, as text, all that a row depends on."""
+        is_static = method in _BOUNDS or method in METHODS
+        parts = [self.config.read_text(encoding="utf-8"), *extra, json.dumps(provenance.code_version())]
+        parts += [json.dumps(self._digests)]
+        parts += [] if is_static else [self._method_file(method).read_text(encoding="utf-8")]
+        return "\n".join(parts)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        paths = {"base": self.base, **self.experts}
+        return {name: open_checkpoint(locate(path), role=name).file_digest() for name, path in paths.items()}
 
     def _static(self, method: str) -> dict[str, float]:
         if method == "individual":

@@ -1,6 +1,7 @@
 """What a run leaves behind, and what watches over it."""
 
 import csv
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from adamerge.atomic import write_text
 from adamerge.checkpoints import save, save_tensors
 from adamerge.data.datasets import Images
-from adamerge.errors import AdamergeWarning
+from adamerge.errors import AdamergeWarning, InputError
 from adamerge.objectives import entropy_of
 from adamerge.plots import heat_map, learning_curves, save_picture
 from adamerge.progress import console
@@ -50,7 +51,7 @@ class Curves(pl.Callback):
             with self.path.open("a", newline="", encoding="utf-8") as stream:
                 csv.DictWriter(stream, self._header, lineterminator="\n").writerow(row)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Draw the curves."""
         if trainer.is_global_zero:
             save_picture(self.path.with_suffix(".png"), lambda: learning_curves(self.path))
@@ -115,7 +116,7 @@ class CoefficientReport(pl.Callback):
         if trainer.loggers and trainer.global_step % self.every_n_steps == 0:
             self._log(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Write the files, and point at coefficients that ran away."""
         self._write(trainer, pl_module)
         groups, values = pl_module.coefficients.table()
@@ -154,9 +155,12 @@ def write_coefficients(
         folder / "coefficients.safetensors",
         {"groups": "\n".join(groups)},
     )
-    lines = [["task", *groups]]
-    lines += [[t, *(repr(v) for v in row.tolist())] for t, row in zip(tasks, values, strict=True)]
-    write_text(folder / "coefficients.csv", "".join(",".join(line) + "\n" for line in lines))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["task", *groups])
+    for task, row in zip(tasks, values, strict=True):
+        writer.writerow([task, *map(repr, row.tolist())])
+    write_text(folder / "coefficients.csv", stream.getvalue())
     save_picture(folder / "coefficients.png", lambda: heat_map(tasks, groups, values))
 
 
@@ -172,7 +176,7 @@ class MergedModel(pl.Callback):
     def __init__(self, folder: str | Path, like: str | Path, card: str = "") -> None:
         self.folder, self.like, self.card = Path(folder), like, card
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Merge once more and write."""
         if trainer.is_global_zero:
             state = pl_module.merged_state()
@@ -222,6 +226,9 @@ class CollapseGuard(pl.Callback):
         top_share: Largest share of one class, unless the expert's or the start's is as large.
         marginal: Smallest marginal entropy, relative to the expert's or the start's.
         lost_agreement: Largest loss of agreement, absolute, of one task since the start.
+
+    Raises:
+        InputError: An option is out of its range.
     """
 
     def __init__(
@@ -233,21 +240,30 @@ class CollapseGuard(pl.Callback):
         marginal: float = 0.5,
         lost_agreement: float = 0.2,
     ) -> None:
+        if every_n_steps < 0 or max_images < 1:
+            raise InputError(
+                f"guard: every_n_steps={every_n_steps}, max_images={max_images}.",
+                "Use 0 or more steps (0: no guard) and at least one image.",
+            )
         self.every_n_steps, self.max_images = every_n_steps, max_images
         self.top_share, self.marginal, self.lost_agreement = top_share, marginal, lost_agreement
         self.verdict = ""
         self._start: dict[str, Signs] = {}
         self._best: dict[str, Any] = {"agreement": -1.0, "step": 0, "values": {}}
+        self._images: dict[str, Images] = {}
         self._expert: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Hear the experts once, and look before the first step."""
-        if not self.every_n_steps:
+        if self.verdict:  # a run that was stopped stays stopped when it is resumed
+            trainer.should_stop = True
+        if self.verdict or not self.every_n_steps:
             return
         for task in pl_module.data.tasks:
-            if len(pl_module.data.held_out(task)) < _FEWEST:
-                continue
-            self._expert[task] = pl_module.expert_logits(task, self._images(pl_module, task))
+            held_out = pl_module.data.held_out(task)
+            if len(held_out) >= _FEWEST:
+                self._images[task] = held_out.part(torch.arange(min(self.max_images, len(held_out))))
+                self._expert[task] = pl_module.expert_logits(task, self._images[task])
         if self._expert and not self._start:
             self._start = self._look(pl_module)
             self._remember(trainer, pl_module, self._start)
@@ -259,6 +275,8 @@ class CollapseGuard(pl.Callback):
         signs = self._look(pl_module)
         pl_module.log("guard/agreement", _mean_agreement(signs))
         reason = self._collapse_in(signs)
+        if trainer.world_size > 1:  # processes must stop together, whatever their rounding
+            reason = trainer.strategy.broadcast(reason)
         if reason:
             self._roll_back(trainer, pl_module, reason)
         else:
@@ -275,13 +293,9 @@ class CollapseGuard(pl.Callback):
         self._best = dict(state_dict["best"])
         self.verdict = state_dict["verdict"]
 
-    def _images(self, task: MergeTask, name: str) -> Images:
-        images = task.data.held_out(name)
-        return images.part(torch.arange(min(self.max_images, len(images))))
-
     def _look(self, module: MergeTask) -> dict[str, Signs]:
         return {
-            task: signs_of(module.merged_logits(task, self._images(module, task)), expert)
+            task: signs_of(module.merged_logits(task, self._images[task]), expert)
             for task, expert in self._expert.items()
         }
 

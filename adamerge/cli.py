@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,16 @@ _COMMANDS = {
     "reproduce": "run a finished run again and compare: adamerge reproduce RUN",
 }
 _USAGE = "usage: adamerge [--help] [--version] COMMAND ..."
+_KNOWN: dict[str, AdamergeError] = {
+    "OutOfMemoryError": EnvironmentProblem(
+        "the GPU's memory is full.",
+        "Lower data.batch_size or model.images_per_pass, or store vectors with --model.codec bf16.",
+    ),
+    "UnpicklingError": InputError(
+        "the checkpoint to resume from is cut off or no checkpoint.", "Start afresh."
+    ),
+    "OverflowError": InputError("an option is larger than fp32 can hold.", "Look at the learning rate."),
+}
 INTERRUPTED = 130
 
 
@@ -113,25 +124,24 @@ def _complain(message: str, code: int) -> int:
 
 def _how_to_resume(given: list[str]) -> str:
     if given[:1] != ["fit"]:
-        return f"interrupted. Start again with: adamerge {' '.join(given)}"
+        return f"interrupted. Start again with: adamerge {shlex.join(given)}"
     resumed = given if "--ckpt_path" in given else [*given, "--ckpt_path", "last"]
-    return f"interrupted; the last step is saved. Resume with: adamerge {' '.join(resumed)}"
+    return f"interrupted. Resume with: adamerge {shlex.join(resumed)}"
 
 
 def _known_problem(error: Exception) -> AdamergeError | None:
     """Translate what our libraries raise for causes that a user can mend."""
     text = str(error)
-    if "No supported gpu backend found" in text or "No CUDA GPUs are available" in text:
+    no_gpu = ("No supported gpu backend found", "No CUDA GPUs are available", "can not run on your system")
+    kind = type(error).__name__
+    if any(phrase in text for phrase in no_gpu):
         return EnvironmentProblem("a GPU was asked for, and there is none.", "Add --trainer.accelerator cpu")
-    if type(error).__name__ == "OutOfMemoryError":
-        return EnvironmentProblem(
-            "the GPU's memory is full.",
-            "Lower data.batch_size or model.images_per_pass, or store vectors with --model.codec bf16.",
-        )
-    if "failed finding central directory" in text or "PytorchStreamReader" in text:
-        return InputError("the checkpoint to resume from is cut off or no checkpoint.", "Start afresh.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EnvironmentProblem("the disk is full.", "Free some space; the last checkpoint is whole.")
-    if type(error).__name__ == "MisconfigurationException":
+    if "PytorchStreamReader" in text:
+        kind = "UnpicklingError"
+    if "cannot be converted to type float without overflow" in text:
+        kind = "OverflowError"
+    if kind == "MisconfigurationException":
         return InputError(text.splitlines()[0])
-    return None
+    return _KNOWN.get(kind)

@@ -42,8 +42,12 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
         overwrite: Begin anew instead of continuing what an earlier demo began.
     """
     folder = Path(out)
-    if overwrite and folder.exists():
+    if overwrite and (folder / "methods").is_dir():
         shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()) and not (folder / "methods").is_dir():
+        raise InputError(
+            f"{folder} is not empty and holds no demo.", "Choose another folder: adamerge demo OUT"
+        )
     benchmark = Benchmark(configs() / "benchmarks" / "embedded.yaml", folder)
     shown = benchmark.folder(_SHOWN)
     logger = [
@@ -86,10 +90,13 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
         tolerance: Largest difference of a coefficient that counts as equal.
     """
     path = Path(folder)
+    if not (path / provenance.MANIFEST).exists():
+        raise InputError(f"{folder} is no finished run.", "Give the folder that `adamerge fit` wrote.")
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         again = Path(scratch) / "again"
         config["run_dir"] = str(again)
+        config["trainer"]["logger"] = False  # the first run's W&B run is not ours to continue
         file = Path(scratch) / "config.yaml"
         file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         run(["fit", "--config", str(file)])

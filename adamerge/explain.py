@@ -4,8 +4,11 @@ import inspect
 import pydoc
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
-from adamerge.errors import nearest
+import yaml
+
+from adamerge.errors import InputError, nearest
 
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: --?([\w.]+)")
 _UNKNOWN_KEY = re.compile(
@@ -73,3 +76,35 @@ def _unknown_key(key: str, where: str, complaint: str, known_keys: list[str]) ->
         return f"{where}: {owner[1] if owner else ''} has no option {key!r}.", nearest(key, options)
     full = f"{where}.{key}" if where and not key.startswith(f"{where}.") else key
     return f"unknown key {full}.", nearest(full, known_keys)
+
+
+class _Strict(yaml.SafeLoader):
+    """A YAML loader that does not let the last of two equal keys win."""
+
+
+def _strict_mapping(loader: _Strict, node: yaml.MappingNode) -> dict[object, object]:
+    seen: dict[object, int] = {}
+    for key_node, _ in node.value:
+        key, line = loader.construct_object(key_node), key_node.start_mark.line + 1
+        if key in seen:
+            raise InputError(f"key {key!r} stands twice, in lines {seen[key]} and {line}.", "Rename one.")
+        seen[key] = line
+    return loader.construct_mapping(node, deep=True)
+
+
+_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
+
+
+def refuse_repeated_keys(files: Iterable[Path]) -> None:
+    """Look for keys that stand twice in a mapping: YAML would silently keep the last.
+
+    Raises:
+        InputError: The file, the key and its lines.
+    """
+    for file in files:
+        try:
+            yaml.load(file.read_text(encoding="utf-8"), _Strict)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+        except yaml.YAMLError:
+            continue  # the parser's own complaint comes later, with its place

@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from adamerge.checkpoints import open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import EMBEDDED, TaskSpec
-from adamerge.errors import InputError, nearest
-from adamerge.explain import explain
+from adamerge.errors import AdamergeError, InputError, nearest
+from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.models import OpenClipBackbone, zero_shot_heads
 from adamerge.models.open_clip import require_same_configuration
 from adamerge.objectives import Objective
@@ -86,7 +87,7 @@ def open_vectors(
 ) -> tuple[TaskVectors, OpenClipBackbone]:
     """Open task vectors beside the backbone that reads them.
 
-    Experts may lack what the image tower does not read, such as the text tower.
+    Only what the image tower reads is merged; experts may lack the rest, such as the text tower.
     """
     base_path = locate(base)
     paths = {task: locate(path) for task, path in experts.items()}
@@ -94,7 +95,7 @@ def open_vectors(
     require_same_configuration(base_path, paths)
     read = set(backbone.names)
     unread = [name for name in open_checkpoint(base_path, role="base") if name not in read]
-    vectors = TaskVectors.open(base_path, paths, codec, allow_missing=unread, force=force)
+    vectors = TaskVectors.open(base_path, paths, codec, allow_missing=unread, names=read, force=force)
     return vectors, backbone
 
 
@@ -113,6 +114,7 @@ def locate(path: str) -> Path:
     return shipped[name]
 
 
+_INPUTS = "inputs.json"
 _NOISE = (
     r"[\s\S]*deprecated in v4",  # Lightning 2.6 calls jsonargparse's old names
     r".*LeafSpec.*",  # Lightning's own pytree helper
@@ -157,6 +159,16 @@ class RunCLI(LightningCLI):
             known = self._parser(command).get_defaults(skip_validation=True).keys()
             raise InputError(*explain(str(error), known, _CLASS_NAMES)) from error
 
+    def instantiate_classes(self) -> None:
+        """Compose the run; what a part's constructor refuses is told in the part's own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, AdamergeError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or InputError(*explain(str(error), (), _CLASS_NAMES)) from error
+
     @property
     def settings(self) -> Any:
         """The resolved configuration of the subcommand."""
@@ -171,10 +183,20 @@ class RunCLI(LightningCLI):
         """Look at what can be wrong before any work."""
         if str(self.settings.trainer.precision) in ("16", "16-mixed") and not torch.cuda.is_available():
             raise InputError("precision 16-mixed needs a GPU.", "Use bf16-mixed or 32-true on a CPU.")
+        counts = {
+            "save_every": self.settings.save_every,
+            "trainer.max_steps": self.settings.trainer.max_steps,
+        }
+        if self.subcommand == "fit" and min(counts.values()) < 1:
+            found = ", ".join(f"{name}={count}" for name, count in counts.items())
+            raise InputError(f"{found}.", "Both must be 1 or more.")
+        path = self.settings.ckpt_path
+        if path not in (None, "last") and not Path(path).exists():
+            raise InputError(f"checkpoint {path} does not exist.", "Use --ckpt_path last, or a file's path.")
         if self.subcommand == "fit":
             self._claim_folder()
             return
-        if self.settings.ckpt_path == "last":
+        if path == "last":
             self.settings.ckpt_path = str(self._last_checkpoint())
         if "verbose" in self.settings:
             self.settings.verbose = False  # `after_validate` and `after_test` print a table of ours
@@ -212,7 +234,8 @@ class RunCLI(LightningCLI):
         """Write the resolved configuration and the digests of all inputs; compare when resuming."""
         self.datamodule.preprocess = self.model.backbone.preprocess
         inputs = self._inputs()
-        path = self.folder / "inputs.json"
+        path = self.folder / _INPUTS
+        self._clear_old_run()
         if self._is_resuming() and path.exists() and not self.settings.resume_anyway:
             provenance.require_same_inputs(json.loads(path.read_text(encoding="utf-8")), inputs)
         if self.trainer.is_global_zero:
@@ -222,7 +245,8 @@ class RunCLI(LightningCLI):
                 logger.log_hyperparams(inputs)
 
     def after_fit(self) -> None:
-        """Evaluate on labelled test images, and write the result row and the manifest."""
+        """Keep the end as last checkpoint, evaluate, and write the result row and the manifest."""
+        self.trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         if self.trainer.is_global_zero:
             row = self.result()
             write_row(self.folder / "result.json", row)
@@ -242,7 +266,9 @@ class RunCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Write ``predictions.csv``: one line per image."""
-        batches = [batch for loader in self.trainer.predict_loop.predictions for batch in loader]
+        found = self.trainer.predict_loop.predictions
+        loaders = [found] if len(self.datamodule.tasks) == 1 else found  # Lightning flattens one loader
+        batches = [batch for loader in loaders for batch in loader]
         path = self.folder / "predictions.csv"
         write_predictions(path, batches, {t: spec.classes for t, spec in self.datamodule.tasks.items()})
         console.print(f"Predictions are in {path}.")
@@ -260,7 +286,7 @@ class RunCLI(LightningCLI):
             individual,
             transductive=shared,
             notes=[guard.verdict] if guard.verdict else [],
-            provenance=json.loads((self.folder / "inputs.json").read_text(encoding="utf-8")),
+            provenance=json.loads((self.folder / _INPUTS).read_text(encoding="utf-8")),
         )
 
     def _log(self, row: ResultRow) -> None:
@@ -273,17 +299,22 @@ class RunCLI(LightningCLI):
                 logger.close()
 
     def _claim_folder(self) -> None:
-        """Refuse to mix two runs in one folder."""
-        started = (self.folder / "config.yaml").exists()
-        is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not started or self._is_resuming() or not is_first_process:
+        """Refuse to mix two runs, or a run and anything else, in one folder."""
+        is_run = (self.folder / _INPUTS).exists()
+        if not _is_first_process() or not self.folder.exists() or not any(self.folder.iterdir()):
             return
-        if not self.settings.overwrite:
+        if not is_run and not (self.folder / "checkpoints").is_dir():
+            raise InputError(f"{self.folder} is not empty and holds no run.", "Choose another --run_dir.")
+        if not self._is_resuming() and not self.settings.overwrite:
             raise InputError(
                 f"{self.folder} holds a run already.",
                 "Resume it with --ckpt_path last, replace it with --overwrite true, or choose --run_dir.",
             )
-        shutil.rmtree(self.folder)
+
+    def _clear_old_run(self) -> None:
+        """Remove the run that this one replaces, now that all inputs were opened."""
+        if self.settings.overwrite and not self._is_resuming() and _is_first_process():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _last_checkpoint(self) -> Path:
         path = self.folder / "checkpoints" / "last.ckpt"
@@ -298,6 +329,7 @@ class RunCLI(LightningCLI):
 
     def _inputs(self) -> dict[str, Any]:
         return {
+            "schema_version": provenance.SCHEMA_VERSION,
             "weights": dict(self.model.vectors.digests),
             "data": self.datamodule.fingerprint(),
             "config": yaml.safe_load(self._resolved()),
@@ -316,6 +348,10 @@ class RunCLI(LightningCLI):
         return provenance.model_card(sources, self.model.vectors.digests, config, row)
 
 
+def _is_first_process() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def run(args: Sequence[str]) -> RunCLI:
     """Run one subcommand with these command line arguments.
 
@@ -323,6 +359,7 @@ def run(args: Sequence[str]) -> RunCLI:
         AdamergeError: Something that we can name is wrong.
         jsonargparse.ArgumentError: A key or value of the configuration is wrong.
     """
+    refuse_repeated_keys([Path(f) for flag, f in pairwise(args) if flag == "--config" and Path(f).is_file()])
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and remarks that no user needs
     with warnings.catch_warnings():

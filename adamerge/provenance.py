@@ -14,6 +14,7 @@ from adamerge.errors import InputError, shortlist
 from adamerge.results import ResultRow, markdown_table
 
 MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1  # of the files that a run writes
 _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "config.trainer.max_steps",
     "config.trainer.logger",
@@ -43,6 +44,11 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
     Raises:
         InputError: What changed.
     """
+    if before.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"this run was written in schema {before.get('schema_version')}, here it is {SCHEMA_VERSION}.",
+            "Resume it with the version of adamerge that began it, or start anew.",
+        )
     old, new = _flatten({k: before[k] for k in before if k != "code"}), _flatten(dict(now))
     changed = [key for key in old if old[key] != new.get(key)]
     changed += [key for key in new if key not in old and not key.startswith("code")]

@@ -1,6 +1,7 @@
 """MergeTask, the only LightningModule: coefficients x objective x codec x optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +18,7 @@ from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.models import Backbone, Head, accuracy, predict_all
 from adamerge.objectives import Entropy, Objective, entropy_of
 from adamerge.progress import track
+from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
 from adamerge.state import State
 from adamerge.vectors import TaskVectors, staged_step
 
@@ -73,6 +75,7 @@ class MergeTask(pl.LightningModule):
         self.images_per_pass = images_per_pass
         self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
         self.losses: dict[str, float] = {}
+        self._last_good = LastGood()
         self._teacher: dict[str, Tensor] = {}
         self._weights: State = {}
         self._fixed: dict[str, Tensor] = {}
@@ -88,7 +91,7 @@ class MergeTask(pl.LightningModule):
 
     def merged_state(self) -> State:
         """Give the complete merged model, on the CPU, ready for `adamerge.save`."""
-        return self.vectors.state(self.coefficients())
+        return self.vectors.state(self._matrix())
 
     def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
         """Classify one task's images under given weights."""
@@ -102,10 +105,10 @@ class MergeTask(pl.LightningModule):
     @torch.no_grad()
     def merged_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
         """Give the merged model's logits, on the CPU, in fp32 without autocast."""
-        return self._walk(self.weights(self.coefficients()), task, images)
+        return self._walk(self.weights(self._matrix()), task, images)
 
     def _walk(self, weights: State, task: str, images: Images) -> Float[Tensor, "image class"]:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self._where.type, enabled=False):
             return predict_all(weights, self.backbone, self.heads[task], self.data.loader(images))
 
     # ---- adaptation --------------------------------------------------------------------------------
@@ -115,8 +118,9 @@ class MergeTask(pl.LightningModule):
         return self.make_optimizer(self.coefficients.parameters())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Let the objective forget the last step."""
+        """Let the objective forget the last step, and remember where this one starts."""
         self.objective.begin_step()
+        self._last_good.consider(self.coefficients, self.trainer.optimizers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take a staged step: merge once, one backward per pass, one projection.
@@ -126,7 +130,7 @@ class MergeTask(pl.LightningModule):
             coefficients is the staged one.
 
         Raises:
-            NumericError: A loss or the gradient is not finite; the coefficients are still good.
+            NumericError: A loss or the gradient is not finite; the last good coefficients are back.
         """
         matrix = self.coefficients()
         self.losses = {}
@@ -134,26 +138,36 @@ class MergeTask(pl.LightningModule):
         scale = self._loss_scale()
         result = staged_step(self.vectors, matrix, passes, names=self.read_names, scale=scale)
         self.losses = self._gathered(self.losses)
-        self._require_finite(result.gradient, scaled=scale != 1)
-        world = self._trainer.world_size if self._trainer else 1  # DDP averages; the loss is a sum
-        step = ((matrix - matrix.detach()) * result.gradient).sum() * world
+        with self._keeping_the_last_good():  # a loss scaler skips a step of infinite gradient itself
+            gradient = result.gradient if scale == 1 else None
+            require_finite_step(self.global_step, self.losses, gradient, self.vectors.tasks)
+        self._last_good.accept()
+        # DDP averages gradients; the loss is a sum
+        step = ((matrix - matrix.detach()) * result.gradient).sum() * self._world_size()
         loss = step + torch.stack(result.losses).sum().detach()
         self._log_losses()
         return loss
 
     def on_after_backward(self) -> None:
         """Where no task was worth a step, leave nothing to step with: momentum must not move either."""
-        if not self.losses:
+        if not self.losses and self._loss_scale() == 1:  # a loss scaler insists on gradients
             for parameter in self.coefficients.parameters():
                 parameter.grad = None
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Repair the coefficients, and recover where the objective asks for it."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, repair the coefficients, and recover where the objective asks for it.
+
+        All of it belongs to the step: what callbacks see and checkpoints hold is its result.
+        """
+        super().optimizer_step(*args, **kwargs)
+        with self._keeping_the_last_good():
+            require_finite_parameters(self.global_step, self.coefficients)
         self.coefficients.after_step()
         due = self.objective.recovery_due()
         if self._world_size() > 1:
             due = self.trainer.strategy.reduce_boolean_decision(due, all=False)
         if due:
+            self.objective.forget()
             self.restart_coefficients()
 
     def restart_coefficients(self) -> None:
@@ -161,6 +175,15 @@ class MergeTask(pl.LightningModule):
         self.coefficients.reset()
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
+
+    @contextmanager
+    def _keeping_the_last_good(self) -> Iterator[None]:
+        try:
+            yield
+        except NumericError:
+            optimizers = self.trainer.optimizers if self._trainer else []
+            self._last_good.restore(self.coefficients, optimizers)
+            raise
 
     def _shared_passes(self, batch: Batch) -> Iterator[list[str]]:
         """Group tasks so that each group's images fit into one pass."""
@@ -198,23 +221,12 @@ class MergeTask(pl.LightningModule):
         if self._world_size() == 1:
             return here
         everywhere: list[Any] = [None] * self._world_size()
-        torch.distributed.all_gather_object(everywhere, (here, self.objective.per_task_state()))
-        self.objective.load_per_task_state({k: v for _, state in everywhere for k, v in state.items()})
+        state = self.objective.per_task_state()
+        own = {task: state[task] for task in here if task in state}  # what others say of theirs is newer
+        torch.distributed.all_gather_object(everywhere, (here, own))
+        joined = {task: value for _, part in everywhere for task, value in part.items()}
+        self.objective.load_per_task_state(state | joined)
         return {task: loss for part, _ in everywhere for task, loss in part.items()}
-
-    def _require_finite(self, gradient: Tensor, *, scaled: bool) -> None:
-        bad = [t for t, loss in self.losses.items() if not torch.tensor(loss).isfinite()]
-        if bad:
-            raise NumericError(
-                f"step {self.global_step}: the loss of task {bad[0]!r} is {self.losses[bad[0]]}.",
-                "The coefficients of the step before are kept. Try a smaller learning rate or fp32.",
-            )
-        if not scaled and not torch.isfinite(gradient).all():  # a loss scaler skips such a step itself
-            row = int((~torch.isfinite(gradient)).nonzero()[0, 0])
-            raise NumericError(
-                f"step {self.global_step}: the gradient of expert {self.vectors.tasks[row]!r} is not finite.",
-                "The coefficients of the step before are kept. Try a smaller learning rate or fp32.",
-            )
 
     def _loss_scale(self) -> float:
         """Give the factor that keeps fp16 gradients from vanishing; Lightning scales the outer loss only."""
@@ -269,7 +281,7 @@ class MergeTask(pl.LightningModule):
     def evaluate(self) -> dict[str, float]:
         """Give top-1 accuracy in percent on each task's test images, without a trainer loop."""
         self._place()
-        weights = self.weights(self.coefficients())
+        weights = self.weights(self._matrix())
         return {task: self._accuracy_of(weights, task) for task in self.data.tested_tasks}
 
     @torch.no_grad()
@@ -337,7 +349,7 @@ class MergeTask(pl.LightningModule):
         self._merge_for_evaluation()
         for task in self.data.tested_tasks:
             n_classes = len(self.heads[task].weight)
-            self._accuracy[task] = MulticlassAccuracy(n_classes, average="micro").to(self.device)
+            self._accuracy[task] = MulticlassAccuracy(n_classes, average="micro").to(self._where)
 
     def on_predict_start(self) -> None:
         """Merge once for the whole pass."""
@@ -372,19 +384,27 @@ class MergeTask(pl.LightningModule):
         self.objective.load_per_task_state(saved["objective"])
 
     def _place(self) -> None:
-        self.vectors = self.vectors.to(self.device)
-        self.backbone = self.backbone.to(self.device)
-        self.heads = {task: head.to(self.device) for task, head in self.heads.items()}
+        self.vectors = self.vectors.to(self._where)
+        self.backbone = self.backbone.to(self._where)
+        self.heads = {task: head.to(self._where) for task, head in self.heads.items()}
         rest, read = self.vectors.rest, set(self.backbone.names)
         self._fixed = {n: self._on_device(t.float()) for n, t in rest.items() if n in read}
 
     @torch.no_grad()
     def _merge_for_evaluation(self) -> None:
         self._place()
-        self._weights = self.weights(self.coefficients())
+        self._weights = self.weights(self._matrix())
+
+    @property
+    def _where(self) -> torch.device:
+        """The device of the frozen parts: Lightning takes the module itself off it after each stage."""
+        return self.trainer.strategy.root_device if self._trainer else self.device
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+        return tensor.to(self._where)
+
+    def _matrix(self) -> Float[Tensor, "task tensor"]:
+        return self._on_device(self.coefficients())
 
     def _world_size(self) -> int:
         return self._trainer.world_size if self._trainer else 1

@@ -1,6 +1,7 @@
 """A table of methods: each row once, continued after an interruption; and the demo on the shipped zoo."""
 
 import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -11,10 +12,9 @@ from conftest import TASKS
 from adamerge import benchmark as benchmark_module
 from adamerge import commands, merge, open_checkpoint
 from adamerge.benchmark import Benchmark, configs
-from adamerge.cli import main
 from adamerge.errors import InputError
 from adamerge.fitting import locate, run
-from runs import fit_arguments, write_benchmark
+from runs import write_benchmark
 
 METHODS = ("zero_shot", "individual", "average", "adamerging_task_wise", "adamerging_layer_wise")
 SHORT = dict.fromkeys(METHODS, ("--trainer.max_steps", "3"))
@@ -59,18 +59,34 @@ def test_an_interrupted_table_continues_where_it_stopped(
     assert [Path(call).name for call in calls] == [METHODS[3], METHODS[4], METHODS[4]]
 
 
-def test_a_run_that_was_cut_is_resumed_not_repeated(
-    tiny: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_cut_is_resumed_not_repeated(tiny: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.folder("adamerging_layer_wise")
-    cut = fit_arguments(tiny.config, folder, "--trainer.max_steps", "2", "--evaluate_experts", "false")
-    assert main(cut) == 0
-    (folder / "result.json").unlink()
+    tiny.run(["adamerging_layer_wise"], SHORT)
+    for name in ("manifest.json", "result.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "merged")
     seen: list[list[str]] = []
     monkeypatch.setattr(benchmark_module, "run", lambda arguments: seen.append(arguments) or run(arguments))
     tiny.run(["adamerging_layer_wise"], SHORT)
     assert "--ckpt_path" in seen[0]
-    assert (folder / "curves.csv").read_text().splitlines()[-1].startswith("3,")
+    assert (folder / "merged" / "open_clip_model.safetensors").exists()
+    tiny.run(["adamerging_layer_wise"], SHORT)
+    assert len(seen) == 1
+
+
+def test_a_row_of_other_options_is_computed_anew(tiny: Benchmark) -> None:
+    folder = tiny.folder("adamerging_layer_wise")
+    for steps in ("3", "2"):
+        tiny.run(["adamerging_layer_wise"], {"adamerging_layer_wise": ("--trainer.max_steps", steps)})
+        assert (folder / "curves.csv").read_text().splitlines()[-1].startswith(f"{steps},")
+
+
+def test_the_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="is not empty and holds no demo"):
+            commands.demo(str(tmp_path), overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").exists()
 
 
 def test_an_unknown_method_names_the_nearest(tiny: Benchmark) -> None:

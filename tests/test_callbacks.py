@@ -149,6 +149,17 @@ def test_each_sign_can_stop_a_run(clip: Path, limits: dict[str, float], reason: 
     assert "step 1" in guard.verdict
 
 
+def test_a_run_that_was_stopped_stays_stopped(clip: Path) -> None:
+    guard, again = CollapseGuard(every_n_steps=1, marginal=1e9), CollapseGuard(every_n_steps=1)
+    with pytest.warns(AdamergeWarning, match="collapse guard"):
+        adapt(make_task(clip), memory_data(n_adapt=100), 3, guard)
+    again.load_state_dict(guard.state_dict())
+    task = make_task(clip)
+    adapt(task, memory_data(n_adapt=100), 3, again)
+    assert task.global_step <= 1
+    assert again.verdict == guard.verdict
+
+
 def test_the_guard_remembers_across_a_resume(clip: Path) -> None:
     guard, again = CollapseGuard(every_n_steps=1), CollapseGuard(every_n_steps=1)
     adapt(make_task(clip), memory_data(n_adapt=100), 2, guard)

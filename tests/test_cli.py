@@ -38,6 +38,10 @@ WRONG = [
     (["--model.codec", "fp33"], "codec 'fp33' is unknown.", "Did you mean 'fp32'?"),
     (["--data.batch_size", "abc"], "data.batch_size: expected int, found 'abc'.", ""),
     (["--data.batch_size", "0"], "batch_size=0", "sizes must be positive"),
+    (["--save_every", "0"], "save_every=0", "must be 1 or more"),
+    (["--guard.every_n_steps", "-3"], "every_n_steps=-3", "Use 0 or more"),
+    (["--model.coefficients.init_args.initial", ".nan"], "initial=nan is not finite.", "Use a number"),
+    (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist.", "--ckpt_path last"),
     (["--trainer.precision", "bf17-mixed"], "trainer.precision=bf17-mixed", "Did you mean 'bf16-mixed'?"),
     (["--model.objective", "Entropi"], "there is no class 'Entropi'", "Did you mean 'adamerge.Entropy'?"),
     (
@@ -83,6 +87,7 @@ def test_a_wrong_key_or_value_costs_three_lines_at_most(
         ("model: {objective: {class_path: adamerge.Entropy, init_args: {normalise: none}}}\n", "'normalise'"),
         ("data: {tasks: {cars: {adept: x}}}\n", "adamerge.TaskSpec has no option 'adept'."),
         ("model: [1\n", "while parsing"),
+        ("model:\n  experts: {a: b}\n  experts: {c: d}\n", "key 'experts' stands twice, in lines 2 and 3."),
     ],
 )
 def test_a_wrong_file_is_as_terse(
@@ -104,8 +109,9 @@ def test_a_missing_gpu_is_a_matter_of_the_machine(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     benchmark = write_benchmark(tmp_path, clip, rows)
-    assert main(["fit", "--config", str(benchmark), "--trainer.accelerator", "gpu"]) == 5
-    assert "Add --trainer.accelerator cpu" in capsys.readouterr().err
+    for name in ("gpu", "cuda"):
+        assert main(["fit", "--config", str(benchmark), "--trainer.accelerator", name]) == 5
+        assert "Add --trainer.accelerator cpu" in capsys.readouterr().err
 
 
 def test_commands_and_their_options_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +119,7 @@ def test_commands_and_their_options_are_checked(capsys: pytest.CaptureFixture[st
     assert "Did you mean 'fit'?" in capsys.readouterr().err
     assert main(["verify"]) == 2
     assert main(["verify", "nowhere"]) == 2
+    assert main(["reproduce", "nowhere"]) == 2
     assert "nowhere has no manifest.json" in capsys.readouterr().err
     assert main(["demo", "--outt", "x"]) == 2
     assert "outt" in capsys.readouterr().err
@@ -125,6 +132,8 @@ def test_commands_and_their_options_are_checked(capsys: pytest.CaptureFixture[st
     [
         (KeyboardInterrupt(), 130, "Resume with: adamerge fit --x 1 --ckpt_path last"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 5, "data.batch_size"),
+        (OSError(28, "No space left on device"), 5, "the disk is full"),
+        (RuntimeError("value cannot be converted to type float without overflow"), 2, "learning rate"),
         (RuntimeError("PytorchStreamReader failed finding central directory"), 2, "cut off"),
         (type("MisconfigurationException", (Exception,), {})("first\nsecond"), 2, "adamerge: first\n"),
     ],

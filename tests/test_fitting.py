@@ -72,7 +72,7 @@ def test_the_result_row_holds_accuracies_and_digests(finished: tuple[Path, Path]
     assert row["transductive"] == []
     expected = open_checkpoint(clip / "experts" / "bars.safetensors").file_digest()
     assert row["provenance"]["weights"]["bars"] == expected
-    assert set(row["provenance"]) == {"weights", "data", "config", "code"}
+    assert set(row["provenance"]) == {"schema_version", "weights", "data", "config", "code"}
 
 
 def test_plain_open_clip_loads_the_merged_model(finished: tuple[Path, Path]) -> None:
@@ -222,8 +222,79 @@ def test_a_loss_that_is_not_finite_ends_with_code_4_and_good_coefficients(
     code = fit(benchmark, tmp_path / "run", "--model.optimizer.init_args.lr", "1e30")
     assert code == 4
     assert "step 1: " in capsys.readouterr().err
-    assert all(torch.isfinite(row).all() for row in coefficients_of(tmp_path / "run").values())
+    assert all((row == 0.3).all() for row in coefficients_of(tmp_path / "run").values())
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]["coefficients.values"]
+    assert (saved == 0.3).all()
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_what_is_in_the_way_stays(
+    benchmark: Path, tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, nothing = tmp_path / "run", str(tmp_path / "nothing")
+    assert fit(benchmark, run) == 0
+    assert fit(benchmark, run, "--overwrite", "true", "--model.experts.bars", nothing) == 2
+    assert (run / "result.json").exists()
+    assert fit(benchmark, run, "--overwrite", "true") == 0
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.yaml").write_text("mine")
+    for overwrite in ("false", "true"):
+        assert fit(benchmark, project, "--overwrite", overwrite) == 2
+        assert "is not empty and holds no run" in capsys.readouterr().err
+    assert (project / "config.yaml").read_text() == "mine"
+
+
+def test_projected_coefficients_resume_bit_for_bit(benchmark: Path, tmp_path: Path) -> None:
+    how = ["--model.coefficients.init_args.clamp", "projected", "--model.optimizer.init_args.lr", "0.3"]
+    assert fit(benchmark, tmp_path / "whole", *how, "--trainer.max_steps", "9") == 0
+    assert fit(benchmark, tmp_path / "cut", *how, "--trainer.max_steps", "4", "--save_every", "2") == 0
+    again = ["--trainer.max_steps", "9", "--ckpt_path", "last"]
+    assert fit(benchmark, tmp_path / "cut", *how, *again) == 0
+    whole, cut = coefficients_of(tmp_path / "whole"), coefficients_of(tmp_path / "cut")
+    assert all(torch.equal(whole[task], cut[task]) for task in TASKS)
+    assert any((row == 0).any() for row in whole.values())
+
+
+def test_the_last_checkpoint_is_the_finished_run(benchmark: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(benchmark, run, "--save_every", "4") == 0
+    saved = torch.load(run / "checkpoints" / "last.ckpt")
+    written = torch.stack([coefficients_of(run)[task] for task in TASKS])
+    assert saved["global_step"] == 6
+    assert torch.equal(saved["state_dict"]["coefficients.values"], written)
+
+
+def test_a_kill_after_the_last_step_can_still_be_completed(benchmark: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    assert fit(benchmark, run) == 0
+    expected = coefficients_of(run)
+    for name in (
+        "coefficients.safetensors",
+        "coefficients.csv",
+        "curves.png",
+        "result.json",
+        "manifest.json",
+    ):
+        (run / name).unlink()
+    shutil.rmtree(run / "merged")
+    assert fit(benchmark, run, "--ckpt_path", "last") == 0
+    assert all(torch.equal(expected[task], row) for task, row in coefficients_of(run).items())
+    assert (run / "merged" / "open_clip_model.safetensors").exists()
+    assert verify(str(run)) == 0
+
+
+def test_one_task_is_enough(tmp_path: Path, clip: Path, rows: dict) -> None:
+    benchmark = write_benchmark(tmp_path, clip, {"dots": rows["dots"]})
+    document = yaml.safe_load(benchmark.read_text())
+    document["model"]["experts"] = {"dots": document["model"]["experts"]["dots"]}
+    benchmark.write_text(yaml.safe_dump(document))
+    assert fit(benchmark, tmp_path / "run") == 0
+    where = ["--config", str(benchmark), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "last"]
+    assert main(["predict", *where]) == 0
+    assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 10
 
 
 def test_without_test_images_there_is_no_accuracy_and_no_complaint(

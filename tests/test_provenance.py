@@ -9,10 +9,18 @@ import yaml
 
 import adamerge
 from adamerge.errors import InputError
-from adamerge.provenance import changed_files, code_version, model_card, require_same_inputs, write_manifest
+from adamerge.provenance import (
+    SCHEMA_VERSION,
+    changed_files,
+    code_version,
+    model_card,
+    require_same_inputs,
+    write_manifest,
+)
 from adamerge.results import make_row
 
 INPUTS = {
+    "schema_version": SCHEMA_VERSION,
     "config": {"lr": 1e-3, "trainer": {"max_steps": 10}},
     "weights": {"base": "aa", "cars": "bb"},
     "code": {"source": "11"},
@@ -56,6 +64,11 @@ def test_other_inputs_may_not(path: str, value: object, told: str) -> None:
         require_same_inputs(INPUTS, changed(path, value))
     assert told in str(caught.value)
     assert "--resume_anyway true" in str(caught.value)
+
+
+def test_a_run_of_another_schema_is_told_what_to_do() -> None:
+    with pytest.raises(InputError, match="written in schema 0, here it is 1.\nResume it with the version"):
+        require_same_inputs(changed("schema_version", 0), INPUTS)
 
 
 def test_a_finished_run_is_verified_file_by_file(tmp_path: Path) -> None:

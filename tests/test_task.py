@@ -155,11 +155,23 @@ class Explodes(Objective):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_coefficients(clip: Path) -> None:
-    good = adapt(make_task(clip, objective=Explodes("nobody", 0)), memory_data(), 2)
+    good = adapt(make_task(clip, objective=Explodes("nobody", 0)), memory_data(), 1)  # step 2 never proved
     task = make_task(clip, objective=Explodes("bars", 2))
     with pytest.raises(NumericError, match=r"step 2: the loss of task 'bars' is nan"):
         adapt(task, memory_data(), 9)
     assert torch.equal(task.coefficients.table()[1], good)
+
+
+def test_coefficients_that_a_step_made_infinite_are_taken_back(clip: Path) -> None:
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    task = make_task(clip, optimizer=lambda parameters: Breaks(parameters, lr=1.0))
+    with pytest.raises(NumericError, match="a coefficient is not finite after the optimizer's step"):
+        adapt(task, memory_data(), 3)
+    assert torch.equal(task.coefficients.values, torch.full_like(task.coefficients.values, 0.3))
 
 
 def test_a_gradient_that_is_not_finite_names_the_expert(clip: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -50,10 +51,17 @@ class MultiTaskData(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or eval_batch_size < 1 or not 0 <= holdout < 1:
+        if batch_size < 1 or eval_batch_size < 1 or not 0 <= holdout < 1 or num_workers < 0:
             raise InputError(
-                f"batch_size={batch_size}, eval_batch_size={eval_batch_size}, holdout={holdout}: "
-                "sizes must be positive and holdout in [0, 1)."
+                f"batch_size={batch_size}, eval_batch_size={eval_batch_size}, holdout={holdout}, "
+                f"num_workers={num_workers}.",
+                "Batch sizes must be positive, holdout in [0, 1), workers 0 or more.",
+            )
+        if batch_size == 1:
+            warnings.warn(
+                "batch_size=1: the entropy of single images collapses easily; 16 is usual.",
+                AdamergeWarning,
+                stacklevel=2,
             )
         self.tasks = resolve(tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -96,15 +104,16 @@ class MultiTaskData(pl.LightningDataModule):
         return counts
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash every task's adaptation images (SHA-256), for reports and for resuming."""
-        return {
-            task: hashlib.sha256(b"".join(self._all_adaptation(task).digests())).hexdigest()
-            for task in self.tasks
-        }
+        """Hash every task's images and head file (SHA-256), for reports and for resuming."""
+        parts = {f"{task} adaptation": self._all_adaptation(task).digests() for task in self.tasks}
+        parts |= {f"{task} test": self.test(task).digests() for task in self.tested_tasks}
+        heads = {task: spec.head for task, spec in self.tasks.items() if spec.head}
+        parts |= {f"{task} head": [Path(head).read_bytes()] for task, head in heads.items()}
+        return {name: hashlib.sha256(b"".join(digests)).hexdigest() for name, digests in parts.items()}
 
     def loader(self, images: Images) -> DataLoader[Any]:
-        """Walk images once, in order."""
-        return self._make_loader(images, batch_size=self.eval_batch_size)
+        """Walk images once, in order, in this process."""
+        return DataLoader(images, batch_size=self.eval_batch_size, collate_fn=_first)
 
     def train_dataloader(self) -> CombinedLoader:
         """Stream batches of the tasks of this process, from ``first_step`` on, without end."""
@@ -156,10 +165,7 @@ class MultiTaskData(pl.LightningDataModule):
         sampler = StepSampler(
             len(images), self.batch_size, seed=self.seed, task=task, first_step=self.first_step
         )
-        return self._make_loader(images, batch_sampler=sampler)
-
-    def _make_loader(self, images: Images, **how: Any) -> DataLoader[Any]:
-        return DataLoader(images, num_workers=self.num_workers, collate_fn=_first, **how)
+        return DataLoader(images, batch_sampler=sampler, num_workers=self.num_workers, collate_fn=_first)
 
     def _split(self, task: str) -> tuple[Images, Images]:
         images = self._all_adaptation(task)

@@ -37,6 +37,9 @@ class Objective(nn.Module, ABC):
         """Tell, once, whether the coefficients should go back to their initial values."""
         return False
 
+    def forget(self) -> None:
+        """Forget what was remembered of all tasks; called when the coefficients start again."""
+
     def per_task_state(self) -> dict[str, float]:
         """Give what the objective remembers of each task, for checkpoints and other processes."""
         return {}

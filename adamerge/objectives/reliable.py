@@ -55,11 +55,13 @@ class ReliableEntropy(Objective):
         return loss
 
     def recovery_due(self) -> bool:
-        """Tell, once, whether a task's average fell below its threshold; then forget the averages."""
-        due, self._collapsed = self._collapsed, set()
-        if due:
-            self.averages = {}
-        return bool(due)
+        """Tell, once, whether a task's average fell below its threshold."""
+        due, self._collapsed = bool(self._collapsed), set()
+        return due
+
+    def forget(self) -> None:
+        """Forget the averages of all tasks."""
+        self.averages = {}
 
     def per_task_state(self) -> dict[str, float]:
         """Give the moving averages."""

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -64,6 +64,7 @@ class TaskVectors:
         codec: str | Codec = "fp32",
         *,
         allow_missing: Sequence[str] = (),
+        names: Collection[str] | None = None,
         force: bool = False,
     ) -> "TaskVectors":
         """Read a base and its experts, subtract in fp32, and store the differences.
@@ -75,6 +76,7 @@ class TaskVectors:
             experts: Task name to checkpoint path, hub id or state.
             codec: "fp32", "bf16", "fp16", or a codec object.
             allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
+            names: Only these tensors take part; the others stay the base's. Default: all.
             force: Accept experts that look as if they came from another base.
 
         Raises:
@@ -86,10 +88,11 @@ class TaskVectors:
             raise InputError("no experts were given.", "Pass experts={NAME: PATH, ...}.")
         base_state = _state(base, "base")
         expert_states = {task: _state(e, f"expert {task!r}") for task, e in experts.items()}
-        names = audit(base_state, expert_states, allow_missing=allow_missing)
+        audited = audit(base_state, expert_states, allow_missing=allow_missing)
+        kept = [name for name in audited if names is None or name in names]
         norms = _Norms(tuple(experts))
         blocks = {}
-        for name in track(names, "Reading task vectors"):
+        for name in track(kept, "Reading task vectors"):
             tensor, vectors = _subtract(name, base_state, expert_states)
             norms.add(tensor, vectors)
             blocks[name] = _encode(codec, name, tensor, vectors)

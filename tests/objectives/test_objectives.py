@@ -68,6 +68,7 @@ class TestReliableEntropy:
         objective(certain, "digits")
         assert set(objective.per_task_state()) == {"cars", "digits"}
         assert objective.recovery_due()
+        objective.forget()
         assert objective.per_task_state() == {}
         assert not objective.recovery_due()
 

@@ -1,0 +1,69 @@
+"""Never a silently wrong step: what must be finite, and the state to go back to."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adamerge.errors import NumericError
+
+_HINT = "The last good coefficients are back. Try a smaller learning rate or fp32."
+
+
+class LastGood:
+    """Remembers coefficients and optimizer moments from before the last step that proved finite."""
+
+    def __init__(self) -> None:
+        self._candidate: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
+        self._good: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
+
+    def consider(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Copy the state that the coming step starts from."""
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        self._candidate = copy.deepcopy((dict(module.state_dict()), states))
+
+    def accept(self) -> None:
+        """Losses and gradient at the considered state were finite: it is good."""
+        self._good = self._candidate
+
+    def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Go back to the last good state, or to the first one where none proved good."""
+        state = self._good or self._candidate
+        if state is not None:
+            module.load_state_dict(state[0])
+            for optimizer, moments in zip(optimizers, state[1], strict=True):
+                optimizer.load_state_dict(moments)
+
+
+def require_finite_step(
+    step: int,
+    losses: Mapping[str, float],
+    gradient: Float[Tensor, "task tensor"] | None,
+    tasks: Sequence[str],
+) -> None:
+    """Check a step's losses, and its gradient where one is given.
+
+    Raises:
+        NumericError: Which task's loss, or which expert's gradient, is not finite.
+    """
+    for task, loss in losses.items():
+        if not math.isfinite(loss):
+            raise NumericError(f"step {step}: the loss of task {task!r} is {loss}.", _HINT)
+    if gradient is not None and not torch.isfinite(gradient).all():
+        row = int((~torch.isfinite(gradient)).nonzero()[0, 0])
+        raise NumericError(f"step {step}: the gradient of expert {tasks[row]!r} is not finite.", _HINT)
+
+
+def require_finite_parameters(step: int, module: nn.Module) -> None:
+    """Check what an optimizer step left.
+
+    Raises:
+        NumericError: A parameter is not finite.
+    """
+    if not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
+        raise NumericError(f"step {step}: a coefficient is not finite after the optimizer's step.", _HINT)
