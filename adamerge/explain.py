@@ -3,7 +3,7 @@
 import inspect
 import pydoc
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import yaml
@@ -82,7 +82,7 @@ class _Strict(yaml.SafeLoader):
     """A YAML loader that does not let the last of two equal keys win."""
 
 
-def _strict_mapping(loader: _Strict, node: yaml.MappingNode) -> dict[object, object]:
+def _strict_mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Hashable, object]:
     seen: dict[object, int] = {}
     for key_node, _ in node.value:
         key, line = loader.construct_object(key_node), key_node.start_mark.line + 1
