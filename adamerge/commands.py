@@ -1,5 +1,6 @@
 """Plain functions behind `adamerge COMMAND`: a signature is a command line, an integer an exit code."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -72,10 +73,11 @@ def verify(folder: str) -> int:
     Args:
         folder: The run folder.
     """
-    path = Path(folder)
+    path = Path(folder).absolute()
     problems = provenance.changed_files(path)
     inputs = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
-    problems += [f"{name}: changed since the run" for name in _changed_inputs(inputs)]
+    with _where_it_began(inputs):
+        problems += [f"{name}: changed since the run" for name in _changed_inputs(inputs)]
     if problems:
         raise InputError(f"{folder} is not as it was written:\n" + "\n".join(problems))
     console.print(f"{folder}: all files and inputs are as they were.")
@@ -89,7 +91,7 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
         folder: The run folder.
         tolerance: Largest difference of a coefficient that counts as equal.
     """
-    path = Path(folder)
+    path = Path(folder).absolute()
     if not (path / provenance.MANIFEST).exists():
         raise InputError(f"{folder} is no finished run.", "Give the folder that `adamerge fit` wrote.")
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
@@ -99,7 +101,8 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
         config["trainer"]["logger"] = False  # the first run's W&B run is not ours to continue
         file = Path(scratch) / "config.yaml"
         file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        run(["fit", "--config", str(file)])
+        with _where_it_began(json.loads((path / "inputs.json").read_text(encoding="utf-8"))):
+            run(["fit", "--config", str(file)])
         difference = _largest_difference(path, again)
         before, now = read_row(path / "result.json"), read_row(again / "result.json")
     console.print(f"largest difference of a coefficient: {difference:.3g}")
@@ -107,6 +110,13 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
     if difference > tolerance or before.accuracy != now.accuracy:
         raise NumericError(f"{folder} was not reproduced.", "Compare `code` in both inputs.json files.")
     return 0
+
+
+def _where_it_began(inputs: dict[str, Any]) -> contextlib.chdir[str]:
+    """Go to the folder where the run began, for its relative paths."""
+    if not Path(inputs["folder"]).is_dir():
+        raise InputError(f"the run began in {inputs['folder']}, which is gone.", "Restore it, or run again.")
+    return contextlib.chdir(inputs["folder"])
 
 
 def _changed_inputs(inputs: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from adamerge import callbacks, provenance, zoo
 from adamerge.atomic import write_text
 from adamerge.checkpoints import open_checkpoint
+from adamerge.checkpoints.hub import fetch, is_hub_id
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import EMBEDDED, TaskSpec
@@ -100,13 +101,14 @@ def open_vectors(
 
 
 def locate(path: str) -> Path:
-    """Give the path that a configuration names; ``embedded:NAME`` is in the package.
+    """Give the local path that a configuration names: a path, a hub id, or ``embedded:NAME``.
 
     Raises:
         InputError: No such embedded model.
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     if not path.startswith(EMBEDDED):
-        return Path(path)
+        return fetch(path, path) if not Path(path).exists() and is_hub_id(path) else Path(path)
     shipped = {"base": zoo.base()} | zoo.experts()
     name = path.removeprefix(EMBEDDED)
     if name not in shipped:
@@ -330,6 +332,7 @@ class RunCLI(LightningCLI):
     def _inputs(self) -> dict[str, Any]:
         return {
             "schema_version": provenance.SCHEMA_VERSION,
+            "folder": str(Path.cwd()),  # relative paths of the configuration start here
             "weights": dict(self.model.vectors.digests),
             "data": self.datamodule.fingerprint(),
             "config": yaml.safe_load(self._resolved()),

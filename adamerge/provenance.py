@@ -16,6 +16,7 @@ from adamerge.results import ResultRow, markdown_table
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1  # of the files that a run writes
 _HARMLESS = (  # they change how a run goes, or how long, but no step of it
+    "folder",
     "config.trainer.max_steps",
     "config.trainer.logger",
     "config.data.num_workers",

@@ -12,6 +12,7 @@ from adamerge.errors import InputError, shortlist
 
 State = Mapping[str, Tensor]
 _PREFIXES = ("module.", "model.", "vision_model.", "visual.")
+_TOWERS = ("visual.", "vision_model.")  # an image tower alone is a complete expert of a CLIP
 _WHOLE_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +50,8 @@ def is_mergeable(dtype: torch.dtype) -> bool:
 def audit(base: State, experts: Mapping[str, State], *, allow_missing: Sequence[str] = ()) -> tuple[str, ...]:
     """Check that every expert fits the base, before any arithmetic.
 
+    An expert that holds an image tower alone, and all of it, fits a complete CLIP.
+
     Args:
         base: The base model's tensors.
         experts: Each expert's tensors, by task name.
@@ -76,7 +79,8 @@ def audit(base: State, experts: Mapping[str, State], *, allow_missing: Sequence[
 
 
 def _problems_of(base: State, task: str, expert: State, allowed: Sequence[str]) -> Iterable[str]:
-    missing = [n for n in base if n not in expert and not any(fnmatch(n, p) for p in allowed)]
+    needed = _needed_of(base, expert)
+    missing = [n for n in needed if n not in expert and not any(fnmatch(n, p) for p in allowed)]
     extra = [n for n in expert if n not in base]
     if missing:
         yield (
@@ -90,6 +94,14 @@ def _problems_of(base: State, task: str, expert: State, allowed: Sequence[str]) 
     quantised = [n for n in common if _is_quantised(info(expert, n).dtype)]
     if quantised:
         yield f"expert {task!r}: quantised tensors {shortlist(quantised)}: dequantise first."
+
+
+def _needed_of(base: State, expert: State) -> list[str]:
+    """Give the names that an expert must have: all, or one tower's where it holds nothing else."""
+    for tower in _TOWERS:
+        if all(name.startswith(tower) for name in expert):
+            return [name for name in base if name.startswith(tower)] or list(base)
+    return list(base)
 
 
 def _shape_problems(base: State, task: str, expert: State, common: list[str]) -> Iterable[str]:

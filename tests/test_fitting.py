@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, TASKS, nudge, write_clip
+from conftest import CLASSES, TASKS, draw, nudge, write_clip
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def test_the_result_row_holds_accuracies_and_digests(finished: tuple[Path, Path]
     assert row["transductive"] == []
     expected = open_checkpoint(clip / "experts" / "bars.safetensors").file_digest()
     assert row["provenance"]["weights"]["bars"] == expected
-    assert set(row["provenance"]) == {"schema_version", "weights", "data", "config", "code"}
+    assert set(row["provenance"]) == {"schema_version", "folder", "weights", "data", "config", "code"}
 
 
 def test_plain_open_clip_loads_the_merged_model(finished: tuple[Path, Path]) -> None:
@@ -123,6 +123,44 @@ def test_verify_and_reproduce(finished: tuple[Path, Path], tmp_path: Path) -> No
     save_file({t: v + 1 for t, v in coefficients_of(copy).items()}, copy / "coefficients.safetensors")
     with pytest.raises(NumericError, match="was not reproduced"):
         reproduce(str(copy))
+
+
+def test_a_run_of_relative_paths_is_verified_from_anywhere(
+    benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = benchmark.read_text()
+    document = yaml.safe_load(text)
+    for task, path in document["model"]["experts"].items():
+        document["model"]["experts"][task] = os.path.relpath(path, tmp_path)
+    benchmark.write_text(yaml.safe_dump(document, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    assert fit(benchmark, Path("run")) == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert verify(str(tmp_path / "run")) == 0
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    (tmp_path / "run" / "inputs.json").write_text(json.dumps(inputs | {"folder": "/gone"}))
+    with pytest.raises(InputError, match="the run began in /gone, which is gone"):
+        verify(str(tmp_path / "run"))
+
+
+def test_a_changed_test_image_is_found(tmp_path: Path, clip: Path, rows: dict, pictures: Path) -> None:
+    import shutil
+
+    shutil.copytree(pictures / "dots" / "test", tmp_path / "test")
+    rows["dots"]["test"] = str(tmp_path / "test")
+    assert fit(write_benchmark(tmp_path / "b", clip, rows), tmp_path / "run") == 0
+    draw(77, 1).save(next((tmp_path / "test").rglob("*.png")))
+    with pytest.raises(InputError, match="data dots test: changed since the run"):
+        verify(str(tmp_path / "run"))
+
+
+def test_a_hub_id_that_cannot_be_reached_is_a_matter_of_the_machine(
+    benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fit(benchmark, tmp_path / "run", "--model.base", "nobody/nothing") == 5
+    assert "'nobody/nothing' is no local path" in capsys.readouterr().err
 
 
 def test_two_runs_never_share_a_folder(

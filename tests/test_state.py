@@ -93,3 +93,11 @@ def test_a_digest_reads_any_tensor() -> None:
         "grad": torch.ones(2, requires_grad=True),
     }
     assert len(digest(odd)) == 64
+
+
+def test_an_image_tower_alone_is_a_complete_expert_of_a_clip() -> None:
+    base = {"visual.a": torch.zeros(2), "visual.b": torch.zeros(2), "text.c": torch.zeros(2)}
+    tower = {"visual.a": torch.ones(2), "visual.b": torch.ones(2)}
+    assert audit(base, {"cars": tower}) == ("visual.a", "visual.b")
+    with pytest.raises(InputError, match="expert 'cars' lacks 1 of 3 tensors: visual.b"):
+        audit(base, {"cars": {"visual.a": torch.ones(2)}})

@@ -248,7 +248,7 @@ class _Norms:
             raise InputError(
                 f"experts {sorted(foreign)} are farther from the base than the base is long; "
                 f"norm of task vector / norm of base: {found}.",
-                "They look fine-tuned from another base. Pass force=True to merge them all the same.",
+                "They look fine-tuned from another base. To merge them: force=True (--model.force true).",
             )
         unchanged = [t for t, squares in zip(self.tasks, self.vectors, strict=True) if not sum(squares)]
         if len(unchanged) == len(self.tasks):
