@@ -120,7 +120,7 @@ class MergeTask(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the objective forget the last step, and remember where this one starts."""
         self.objective.begin_step()
-        self._last_good.consider(self.coefficients, self.trainer.optimizers)
+        self._last_good.consider(self.coefficients, self._optimizers())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take a staged step: merge once, one backward per pass, one projection.
@@ -173,16 +173,18 @@ class MergeTask(pl.LightningModule):
     def restart_coefficients(self) -> None:
         """Go back to the initial coefficients and forget the optimizer's moments."""
         self.coefficients.reset()
-        for optimizer in self.trainer.optimizers:
+        for optimizer in self._optimizers():
             optimizer.state.clear()
+
+    def _optimizers(self) -> list[Optimizer]:
+        return self.trainer.optimizers if self._trainer else []
 
     @contextmanager
     def _keeping_the_last_good(self) -> Iterator[None]:
         try:
             yield
         except NumericError:
-            optimizers = self.trainer.optimizers if self._trainer else []
-            self._last_good.restore(self.coefficients, optimizers)
+            self._last_good.restore(self.coefficients, self._optimizers())
             raise
 
     def _shared_passes(self, batch: Batch) -> Iterator[list[str]]:

@@ -111,7 +111,7 @@ def adaptation_step(task: MergeTask, precision: str = "32") -> Callable[[Batch],
         loss.backward()
         task.on_after_backward()
         optimizer.step()
-        task.on_train_batch_end(loss, batch, 0)
+        task.coefficients.after_step()
 
     return step
 

@@ -12,7 +12,7 @@ from conftest import TASKS
 from adamerge import benchmark as benchmark_module
 from adamerge import commands, merge, open_checkpoint
 from adamerge.benchmark import Benchmark, configs
-from adamerge.errors import InputError
+from adamerge.errors import AdamergeWarning, InputError
 from adamerge.fitting import locate, run
 from runs import write_benchmark
 
@@ -99,7 +99,7 @@ def test_an_unknown_method_names_the_nearest(tiny: Benchmark) -> None:
 def test_embedded_models_are_found_by_name() -> None:
     assert (locate("embedded:base") / "open_clip_config.json").exists()
     assert locate("embedded:mnist").exists()
-    assert locate("some/where") == Path("some/where")
+    assert locate("./some/where") == Path("some/where")
     with pytest.raises(InputError, match=r"'mnits' is unknown.\nDid you mean 'mnist'?"):
         locate("embedded:mnits")
 
@@ -107,7 +107,8 @@ def test_embedded_models_are_found_by_name() -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
-    assert commands.demo(str(out)) == 0
+    with pytest.warns(AdamergeWarning, match="it ran away"):  # teacher KL lets a norm's weight go far
+        assert commands.demo(str(out)) == 0
     return out
 
 
