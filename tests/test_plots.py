@@ -18,7 +18,7 @@ def test_the_heat_map_is_centred_on_zero_and_names_rows_and_columns() -> None:
     figure = heat_map(["cars", "digits"], ["visual.proj", "visual.transformer.resblocks.1"], values)
     (image,) = figure.axes[0].images
     assert torch.equal(torch.tensor(image.get_array()), values)
-    assert image.get_clim() == pytest.approx((-0.4, 0.4))
+    assert image.get_clim() == pytest.approx((-0.4, 0.4), rel=0.02)  # the 98 % quantile
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cars", "digits"]
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["proj", "block 1"]
 
