@@ -5,6 +5,9 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Logits = Float[Tensor, "image class"]
+Loss = Float[Tensor, ""]
+
 
 def entropy_of(logits: Float[Tensor, "image class"]) -> Float[Tensor, " image"]:
     """Give the entropy of each prediction in nats; invariant to a constant added to the logits."""
@@ -22,12 +25,7 @@ class Objective(nn.Module, ABC):
     needs_teacher = False
 
     @abstractmethod
-    def forward(
-        self,
-        logits: Float[Tensor, "image class"],
-        task: str,
-        teacher: Float[Tensor, "image class"] | None = None,
-    ) -> Float[Tensor, ""] | None:
+    def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss | None:
         """Give the loss of one task's images, or None where they are not worth a step."""
 
     def begin_step(self) -> None:

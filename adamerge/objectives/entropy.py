@@ -3,11 +3,8 @@
 import math
 from typing import Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
 from adamerge.errors import InputError
-from adamerge.objectives.base import Objective, entropy_of
+from adamerge.objectives.base import Logits, Loss, Objective, entropy_of
 
 
 class Entropy(Objective):
@@ -24,12 +21,7 @@ class Entropy(Objective):
             raise InputError(f"normalize={normalize!r} is unknown.", "Use 'none' or 'log_c'.")
         self.normalize = normalize
 
-    def forward(
-        self,
-        logits: Float[Tensor, "image class"],
-        task: str,
-        teacher: Float[Tensor, "image class"] | None = None,
-    ) -> Float[Tensor, ""]:
+    def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss:
         """Give the mean entropy in nats (or in units of log C)."""
         mean = entropy_of(logits).mean()
         return mean / math.log(logits.shape[-1]) if self.normalize == "log_c" else mean

@@ -1,11 +1,9 @@
 """Matching the experts on unlabelled images."""
 
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError
-from adamerge.objectives.base import Objective
+from adamerge.objectives.base import Logits, Loss, Objective
 
 
 class KLTeacher(Objective):
@@ -25,12 +23,7 @@ class KLTeacher(Objective):
             raise InputError(f"temperature={temperature} is not positive.", "Use e.g. 2.0.")
         self.temperature = temperature
 
-    def forward(
-        self,
-        logits: Float[Tensor, "image class"],
-        task: str,
-        teacher: Float[Tensor, "image class"] | None = None,
-    ) -> Float[Tensor, ""]:
+    def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss:
         """Give the mean KL divergence in nats.
 
         Raises:

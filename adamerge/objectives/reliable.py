@@ -2,10 +2,10 @@
 
 import math
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from adamerge.objectives.base import Objective, entropy_of
+from adamerge.objectives.base import Logits, Loss, Objective, entropy_of
 
 _DECAY = 0.9
 
@@ -35,12 +35,7 @@ class ReliableEntropy(Objective):
         """Forget which images the last step's first pass kept."""
         self._kept, self._before = {}, dict(self.averages)
 
-    def forward(
-        self,
-        logits: Float[Tensor, "image class"],
-        task: str,
-        teacher: Float[Tensor, "image class"] | None = None,
-    ) -> Float[Tensor, ""] | None:
+    def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss | None:
         """Give the mean entropy of the reliable images in nats, or None where there is none."""
         entropies = entropy_of(logits)
         scale = math.log(logits.shape[-1])
