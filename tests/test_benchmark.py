@@ -7,6 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from builders import write_benchmark
 from conftest import TASKS
 
 from adamerge import benchmark as benchmark_module
@@ -14,7 +15,6 @@ from adamerge import commands, merge, open_checkpoint
 from adamerge.benchmark import Benchmark, configs
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.fitting import locate, run
-from runs import write_benchmark
 
 METHODS = ("zero_shot", "individual", "average", "adamerging_task_wise", "adamerging_layer_wise")
 SHORT = dict.fromkeys(METHODS, ("--trainer.max_steps", "3"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import adapt, make_task, memory_data
 from conftest import TASKS
 from safetensors import safe_open
 
@@ -21,7 +22,6 @@ from adamerge.callbacks import (
 from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import AdamergeWarning
 from adamerge.objectives import Objective
-from runs import adapt, make_task, memory_data
 
 
 def test_curves_have_a_line_per_step_and_a_picture(clip: Path, tmp_path: Path) -> None:

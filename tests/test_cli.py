@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from builders import method, write_benchmark
 
 import adamerge
 from adamerge import cli
 from adamerge.cli import main
-from runs import method, write_benchmark
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:

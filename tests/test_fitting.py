@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import torch
 import yaml
+from builders import coefficients_of, fit, fit_arguments, method, write_benchmark
 from conftest import CLASSES, TASKS, draw, nudge, write_clip
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +22,6 @@ from adamerge.checkpoints import open_checkpoint
 from adamerge.cli import main
 from adamerge.commands import reproduce, verify
 from adamerge.errors import AdamergeWarning, InputError, NumericError
-from runs import coefficients_of, fit, fit_arguments, method, write_benchmark
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import open_clip
 import pytest
+from builders import REPOSITORY
 from conftest import draw
 from safetensors.torch import load_file, save_file
 
 from adamerge.cli import main
-from runs import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 

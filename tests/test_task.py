@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from builders import adapt, make_task, make_trainer, memory_data, noise
 from conftest import TASKS
 from torch import Tensor
 
@@ -12,7 +13,6 @@ from adamerge import Entropy, InputError, KLTeacher, Learned, ReliableEntropy, S
 from adamerge.errors import AdamergeWarning, NumericError
 from adamerge.models import predict_all
 from adamerge.objectives import Objective
-from runs import adapt, make_task, make_trainer, memory_data, noise
 
 
 def adam(rate: float):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import adapt, make_task, memory_data
 
 from adamerge import tracking
 from adamerge.callbacks import CoefficientReport
 from adamerge.errors import AdamergeWarning, EnvironmentProblem
 from adamerge.tracking import SafeWandbLogger, can_go_online
-from runs import adapt, make_task, memory_data
 
 pytest.importorskip("wandb")
 
