@@ -361,12 +361,18 @@ def test_coefficients_that_run_away_are_pointed_at(benchmark: Path, tmp_path: Pa
         assert fit(benchmark, tmp_path / "run", "--model.optimizer.init_args.lr", "1.0") == 0
 
 
+# A test run in the background may ignore Ctrl-C, and its children would inherit that.
+LISTENING = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    "os.execv(sys.executable, [sys.executable, '-m', 'adamerge', *sys.argv[1:]])"
+)
+
+
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LISTENING, *arguments]
     with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "adamerge", *arguments], stderr=stream, stdout=stream, env=environment
-        )
+        return subprocess.Popen(command, stderr=stream, stdout=stream, env=environment)
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
