@@ -12,11 +12,10 @@ from torch import Tensor
 
 from adamerge import provenance
 from adamerge.atomic import atomic_folder, write_text
-from adamerge.checkpoints import open_checkpoint
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
-from adamerge.fitting import locate, open_vectors, run
+from adamerge.fitting import locate, open_vectors, run, weight_digests
 from adamerge.models import Head, OpenClipBackbone, accuracy, predict_all, zero_shot_heads
 from adamerge.plots import accuracy_bars, save_picture
 from adamerge.progress import console
@@ -81,7 +80,7 @@ class Benchmark:
     def _row(self, method: str, extra: Sequence[str]) -> ResultRow:
         """Read a finished row, or compute it; a row of other inputs or options counts as none."""
         folder, stamp = self.folder(method), self.out / "methods" / f"{method}.stamp"
-        is_static = method in _BOUNDS or method in METHODS
+        is_static = _is_static(method)
         current = self._stamp(method, extra)
         is_ours = stamp.exists() and stamp.read_text(encoding="utf-8") == current
         last_file = folder / ("result.json" if is_static else provenance.MANIFEST)
@@ -111,16 +110,14 @@ class Benchmark:
 
     def _stamp(self, method: str, extra: Sequence[str]) -> str:
         """Tell, as text, all that a row depends on."""
-        is_static = method in _BOUNDS or method in METHODS
         parts = [self.config.read_text(encoding="utf-8"), *extra, json.dumps(provenance.code_version())]
         parts += [json.dumps(self._digests)]
-        parts += [] if is_static else [self._method_file(method).read_text(encoding="utf-8")]
+        parts += [] if _is_static(method) else [self._method_file(method).read_text(encoding="utf-8")]
         return "\n".join(parts)
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        paths = {"base": self.base, **self.experts}
-        return {name: open_checkpoint(locate(path), role=name).file_digest() for name, path in paths.items()}
+        return weight_digests(self.base, self.experts)
 
     def _static(self, method: str) -> dict[str, float]:
         if method == "individual":
@@ -154,6 +151,10 @@ class Benchmark:
     @cached_property
     def _heads(self) -> dict[str, Head]:
         return zero_shot_heads(locate(self.base), self.data.tasks)
+
+
+def _is_static(method: str) -> bool:
+    return method in _BOUNDS or method in METHODS
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -1,7 +1,6 @@
 """Plain functions behind `adamerge COMMAND`: a signature is a command line, an integer an exit code."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,11 +11,10 @@ from safetensors.torch import load_file
 
 from adamerge import provenance
 from adamerge.benchmark import Benchmark, configs, copy_folder
-from adamerge.checkpoints import open_checkpoint
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
-from adamerge.fitting import locate, run
+from adamerge.fitting import locate, run, weight_digests
 from adamerge.models import OpenClipBackbone
 from adamerge.progress import console
 from adamerge.results import read_row
@@ -47,7 +45,7 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()) and not (folder / "methods").is_dir():
         raise InputError(
-            f"{folder} is not empty and holds no demo.", "Choose another folder: adamerge demo OUT"
+            f"{folder} is not empty and holds no demo.", "Choose another folder: adamerge demo --out DIR"
         )
     benchmark = Benchmark(configs() / "benchmarks" / "embedded.yaml", folder)
     shown = benchmark.folder(_SHOWN)
@@ -75,7 +73,7 @@ def verify(folder: str) -> int:
     """
     path = Path(folder).absolute()
     problems = provenance.changed_files(path)
-    inputs = json.loads((path / "inputs.json").read_text(encoding="utf-8"))
+    inputs = provenance.read_inputs(path)
     with _where_it_began(inputs):
         problems += [f"{name}: changed since the run" for name in _changed_inputs(inputs)]
     if problems:
@@ -101,7 +99,7 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
         config["trainer"]["logger"] = False  # the first run's W&B run is not ours to continue
         file = Path(scratch) / "config.yaml"
         file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        with _where_it_began(json.loads((path / "inputs.json").read_text(encoding="utf-8"))):
+        with _where_it_began(provenance.read_inputs(path)):
             run(["fit", "--config", str(file)])
         difference = _largest_difference(path, again)
         before, now = read_row(path / "result.json"), read_row(again / "result.json")
@@ -122,12 +120,10 @@ def _where_it_began(inputs: dict[str, Any]) -> contextlib.chdir[str]:
 def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     """Hash base, experts and images again, and name those that differ."""
     model, data = inputs["config"]["model"], dict(inputs["config"]["data"])
-    base = str(model["base"])
-    paths = {"base": locate(base)} | {t: locate(p) for t, p in model["experts"].items()}
-    weights = {name: open_checkpoint(p, role=name).file_digest() for name, p in paths.items()}
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
     images = MultiTaskData(tasks)
-    images.preprocess = OpenClipBackbone(paths["base"]).preprocess
+    images.preprocess = OpenClipBackbone(locate(model["base"])).preprocess
+    weights = weight_digests(model["base"], model["experts"])
     found = {"weights": weights, "data": images.fingerprint()}
     return [
         f"{kind} {name}"

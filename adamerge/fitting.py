@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from adamerge import callbacks, provenance, zoo
 from adamerge.atomic import write_text
 from adamerge.checkpoints import open_checkpoint
-from adamerge.checkpoints.hub import fetch, is_hub_id
+from adamerge.checkpoints.hub import local_path
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import EMBEDDED, TaskSpec
@@ -100,6 +100,12 @@ def open_vectors(
     return vectors, backbone
 
 
+def weight_digests(base: str, experts: Mapping[str, str]) -> dict[str, str]:
+    """Hash the files of a base and its experts (SHA-256), as `TaskVectors.open` does."""
+    paths = {"base": base, **experts}
+    return {name: open_checkpoint(locate(path), role=name).file_digest() for name, path in paths.items()}
+
+
 def locate(path: str) -> Path:
     """Give the local path that a configuration names: a path, a hub id, or ``embedded:NAME``.
 
@@ -108,7 +114,7 @@ def locate(path: str) -> Path:
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     if not path.startswith(EMBEDDED):
-        return fetch(path, path) if not Path(path).exists() and is_hub_id(path) else Path(path)
+        return local_path(path, path)
     shipped = {"base": zoo.base()} | zoo.experts()
     name = path.removeprefix(EMBEDDED)
     if name not in shipped:
@@ -116,7 +122,6 @@ def locate(path: str) -> Path:
     return shipped[name]
 
 
-_INPUTS = "inputs.json"
 _NOISE = (
     r"[\s\S]*deprecated in v4",  # Lightning 2.6 calls jsonargparse's old names
     r".*LeafSpec.*",  # Lightning's own pytree helper
@@ -236,10 +241,10 @@ class RunCLI(LightningCLI):
         """Write the resolved configuration and the digests of all inputs; compare when resuming."""
         self.datamodule.preprocess = self.model.backbone.preprocess
         inputs = self._inputs()
-        path = self.folder / _INPUTS
+        path = self.folder / provenance.INPUTS
         self._clear_old_run()
         if self._is_resuming() and path.exists() and not self.settings.resume_anyway:
-            provenance.require_same_inputs(json.loads(path.read_text(encoding="utf-8")), inputs)
+            provenance.require_same_inputs(provenance.read_inputs(self.folder), inputs)
         if self.trainer.is_global_zero:
             write_text(self.folder / "config.yaml", self._resolved())
             write_text(path, json.dumps(inputs, indent=2) + "\n")
@@ -288,7 +293,7 @@ class RunCLI(LightningCLI):
             individual,
             transductive=shared,
             notes=[guard.verdict] if guard.verdict else [],
-            provenance=json.loads((self.folder / _INPUTS).read_text(encoding="utf-8")),
+            provenance=provenance.read_inputs(self.folder),
         )
 
     def _log(self, row: ResultRow) -> None:
@@ -302,7 +307,7 @@ class RunCLI(LightningCLI):
 
     def _claim_folder(self) -> None:
         """Refuse to mix two runs, or a run and anything else, in one folder."""
-        is_run = (self.folder / _INPUTS).exists()
+        is_run = (self.folder / provenance.INPUTS).exists()
         if not _is_first_process() or not self.folder.exists() or not any(self.folder.iterdir()):
             return
         if not is_run and not (self.folder / "checkpoints").is_dir():

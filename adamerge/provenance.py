@@ -13,7 +13,7 @@ from adamerge.atomic import write_text
 from adamerge.errors import InputError, shortlist
 from adamerge.results import ResultRow, markdown_table
 
-MANIFEST = "manifest.json"
+MANIFEST, INPUTS = "manifest.json", "inputs.json"
 SCHEMA_VERSION = 1  # of the files that a run writes
 _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "folder",
@@ -37,6 +37,11 @@ def code_version() -> dict[str, str]:
         total.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     libraries = {name: version(name) for name in ("torch", "pytorch-lightning", "open_clip_torch")}
     return {"adamerge": adamerge.__version__, "source": total.hexdigest(), **libraries}
+
+
+def read_inputs(folder: Path) -> dict[str, Any]:
+    """Read the digests and the configuration that a run began with."""
+    return json.loads((folder / INPUTS).read_text(encoding="utf-8"))
 
 
 def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

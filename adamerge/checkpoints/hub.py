@@ -18,6 +18,16 @@ def is_hub_id(text: str) -> bool:
     return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not _FILE.search(text)
 
 
+def local_path(source: str | Path, role: str) -> Path:
+    """Give a path as it is, or the local copy of a hub repository where no such path exists.
+
+    Raises:
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
+    """
+    path = Path(source)
+    return fetch(str(source), role) if not path.exists() and is_hub_id(str(source)) else path
+
+
 def fetch(repo_id: str, role: str) -> Path:
     """Download (or find in the local cache) a model repository's safetensors and configs.
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adamerge.checkpoints.hub import fetch, is_hub_id
+from adamerge.checkpoints.hub import local_path
 from adamerge.errors import InputError, shortlist
 from adamerge.state import TensorInfo
 
@@ -87,9 +87,7 @@ def open_checkpoint(path: str | Path, *, role: str = "checkpoint") -> Checkpoint
         InputError: The path is missing, holds no safetensors, or a file is damaged.
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
-    root = Path(path)
-    if not root.exists() and is_hub_id(str(path)):
-        root = fetch(str(path), role)
+    root = local_path(path, role)
     try:
         return Checkpoint(root, _files_of(root))
     except InputError as error:

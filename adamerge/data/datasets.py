@@ -7,6 +7,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,11 @@ class Images(Dataset[dict[str, Tensor]]):
         return Images(self.images[index], labels, self.class_names)
 
     def digests(self) -> list[bytes]:
-        """Hash each decoded image, to tell equal images apart from different ones."""
+        """Hash each decoded image, once, to tell equal images apart from different ones."""
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
         return [hashlib.sha256(image.numpy().tobytes()).digest() for image in self.images]
 
 

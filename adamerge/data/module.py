@@ -69,6 +69,7 @@ class MultiTaskData(pl.LightningDataModule):
         self.first_step = 0
         self.preprocess: Preprocess | None = None
         self._loaded: dict[tuple[str, str], Images] = {}
+        self._splits: dict[str, tuple[Images, Images]] = {}
 
     def adaptation(self, task: str) -> Images:
         """Give the unlabelled images that training steps draw from."""
@@ -168,6 +169,12 @@ class MultiTaskData(pl.LightningDataModule):
         return DataLoader(images, batch_sampler=sampler, num_workers=self.num_workers, collate_fn=_first)
 
     def _split(self, task: str) -> tuple[Images, Images]:
+        """Give the parts to adapt on and to monitor; cutting copies the images, so it is done once."""
+        if task not in self._splits:
+            self._splits[task] = self._cut(task)
+        return self._splits[task]
+
+    def _cut(self, task: str) -> tuple[Images, Images]:
         images = self._all_adaptation(task)
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(images), generator=generator)
