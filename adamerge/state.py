@@ -1,18 +1,27 @@
 """A State maps parameter names to tensors; what is mergeable is decided here, once."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from adamerge.errors import InputError, shortlist
+from adamerge.names import (
+    extra_hint,
+    looks_like,
+    missing_hint,
+    needed_of,
+    require_file_names,
+    shape_hint,
+)
 
 State = Mapping[str, Tensor]
-_PREFIXES = ("module.", "model.", "vision_model.", "visual.")
-_TOWERS = ("visual.", "vision_model.")  # an image tower alone is a complete expert of a CLIP
 _WHOLE_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -22,6 +31,14 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Infos = Mapping[str, TensorInfo]
+
 
 @runtime_checkable
 class LazyState(Protocol):
@@ -30,6 +47,13 @@ class LazyState(Protocol):
     def info(self, name: str) -> TensorInfo:
         """Give the shape and dtype of the tensor ``name``."""
         ...
+
+
+@runtime_checkable
+class _Rooted(Protocol):
+    """A state that comes from a path, which messages name."""
+
+    root: Path
 
 
 def info(state: State, name: str) -> TensorInfo:
@@ -47,93 +71,163 @@ def is_mergeable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def audit(base: State, experts: Mapping[str, State], *, allow_missing: Sequence[str] = ()) -> tuple[str, ...]:
+def audit(
+    base: State,
+    experts: Mapping[str, State],
+    *,
+    allow_missing: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[str, ...]:
     """Check that every expert fits the base, before any arithmetic.
 
-    An expert that holds an image tower alone, and all of it, fits a complete CLIP.
+    An expert that holds an image tower alone, and all of it, fits a complete CLIP. A name that the base
+    lacks is ignored where it is an alias: a tensor that an expert with tied weights stores twice.
 
     Args:
         base: The base model's tensors.
         experts: Each expert's tensors, by task name.
         allow_missing: Patterns (``fnmatch``) of names that experts may lack; the base's values stand.
+        exclude: Patterns of names that stay the base's, whatever the experts hold.
 
     Returns:
         The names that take part in the merge, in sorted order: floating point, in at least one expert.
 
     Raises:
-        InputError: One message that lists, per expert, all tensors that are missing, unexpected,
-            of another shape or quantised.
+        InputError: A task name cannot be a file name; a tensor has no values; or, in one message and per
+            expert, all tensors that are missing, unexpected, of another shape or quantised.
     """
-    problems = [
-        problem
-        for task, expert in experts.items()
-        for problem in _problems_of(base, task, expert, allow_missing)
-    ]
-    quantised = [n for n in base if _is_quantised(info(base, n).dtype)]
-    if quantised:
-        problems.insert(0, f"base: quantised tensors {shortlist(quantised)}: dequantise first.")
+    require_file_names(experts)
+    ours = _infos("base", base, exclude)
+    problems = [f"base: {text}" for text in _quantised_problems(ours, ours)]
+    present: set[str] = set()
+    for task, expert in experts.items():
+        role = f"expert {task!r}" + (f" ({expert.root})" if isinstance(expert, _Rooted) else "")
+        theirs = _infos(role, expert, exclude)
+        present.update(theirs)
+        theirs = {n: found for n, found in theirs.items() if not is_alias(n, expert, theirs, ours)}
+        problems += _problems_of(role, ours, theirs, allow_missing)
     if problems:
         raise InputError("the experts do not fit the base:\n" + "\n".join(problems))
-    present = {name for expert in experts.values() for name in expert}
-    return tuple(sorted(n for n in base if n in present and is_mergeable(info(base, n).dtype)))
+    return tuple(sorted(n for n in ours if n in present and is_mergeable(ours[n].dtype)))
 
 
-def _problems_of(base: State, task: str, expert: State, allowed: Sequence[str]) -> Iterable[str]:
-    needed = _needed_of(base, expert)
-    missing = [n for n in needed if n not in expert and not any(fnmatch(n, p) for p in allowed)]
-    extra = [n for n in expert if n not in base]
+def tied_names(base: State, experts: Mapping[str, State]) -> dict[str, str]:
+    """Find matrices that are one and the same in the base and in every expert, such as tied embeddings.
+
+    An expert that lacks the alias does not untie it. Constant matrices are not taken for tied.
+
+    Returns:
+        From each alias to the name that stands for it.
+    """
+    alike: dict[tuple[TensorInfo, bytes], list[str]] = {}
+    tied: dict[str, str] = {}
+    for name in sorted(base, key=lambda n: (-sum(n in expert for expert in experts.values()), n)):
+        found = info(base, name)
+        if len(found.shape) < 2 or not is_mergeable(found.dtype):
+            continue
+        kept = alike.setdefault((found, as_bytes(_sample(base[name])).numpy().tobytes()), [])
+        twins = (other for other in kept if _are_tied(other, name, base, experts))
+        tied[name] = next(twins, name)
+        if tied[name] == name:
+            kept.append(name)
+    return {alias: name for alias, name in tied.items() if alias != name}
+
+
+def _are_tied(name: str, alias: str, base: State, experts: Mapping[str, State]) -> bool:
+    holders = [base, *(expert for expert in experts.values() if alias in expert)]
+    return all(name in state and _is_same(state[name], state[alias]) for state in holders)
+
+
+def is_alias(name: str, expert: State, theirs: Infos, ours: Infos) -> bool:
+    """Tell whether a name that the base lacks holds another of the expert's tensors once more."""
+    if name in ours:
+        return False
+    twins = (other for other in theirs if other in ours and theirs[other] == theirs[name])
+    return any(_is_same(expert[name], expert[other]) for other in twins)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Compare two tensors bit for bit, a sample first; what is constant is nobody's copy."""
+    samples = as_bytes(_sample(a)), as_bytes(_sample(b))
+    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(*samples):
+        return False
+    return torch.equal(as_bytes(a), as_bytes(b)) and not (_is_constant(_sample(a)) and _is_constant(a))
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    entries = as_bytes(tensor).view(-1, tensor.element_size())
+    return bool((entries == entries[:1]).all())
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Take some entries from all over a tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(flat.numel() // 64, 1)]
+
+
+def _infos(role: str, state: State, exclude: Sequence[str]) -> Infos:
+    try:
+        return {name: info(state, name) for name in state if not matches(name, exclude)}
+    except InputError as error:
+        raise InputError(f"{role}: {error}") from error
+
+
+def _problems_of(role: str, ours: Infos, theirs: Infos, allowed: Sequence[str]) -> Iterable[str]:
+    needed = needed_of(ours, theirs)
+    missing = [n for n in needed if n not in theirs and not matches(n, allowed)]
+    extra = [n for n in theirs if n not in ours]
+    shapes = {n: (theirs[n].shape, ours[n].shape) for n in theirs if n in ours}
+    differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
+    seen = looks_like({n: i.shape for n, i in theirs.items()}, {n: ours[n].shape for n in needed})
     if missing:
-        yield (
-            f"expert {task!r} lacks {len(missing)} of {len(base)} tensors: {shortlist(missing)}."
-            + (_prefix_hint(missing, extra) or " If that is meant, pass allow_missing=[PATTERN, ...].")
-        )
+        hint = seen or missing_hint(missing, extra)
+        yield f"{role} lacks {len(missing)} of {len(ours)} tensors: {shortlist(missing)}. {hint}"
     if extra:
-        yield f"expert {task!r} has {len(extra)} tensors that the base lacks: {shortlist(extra)}."
-    common = [name for name in expert if name in base]
-    yield from _shape_problems(base, task, expert, common)
-    quantised = [n for n in common if _is_quantised(info(expert, n).dtype)]
-    if quantised:
-        yield f"expert {task!r}: quantised tensors {shortlist(quantised)}: dequantise first."
-
-
-def _needed_of(base: State, expert: State) -> list[str]:
-    """Give the names that an expert must have: all, or one tower's where it holds nothing else."""
-    for tower in _TOWERS:
-        if all(name.startswith(tower) for name in expert):
-            return [name for name in base if name.startswith(tower)] or list(base)
-    return list(base)
-
-
-def _shape_problems(base: State, task: str, expert: State, common: list[str]) -> Iterable[str]:
-    differing = [
-        f"{name} {list(info(expert, name).shape)} vs base {list(info(base, name).shape)}"
-        for name in common
-        if info(expert, name).shape != info(base, name).shape
-    ]
+        hint = seen or extra_hint(extra)
+        yield f"{role} has {len(extra)} tensors that the base lacks: {shortlist(extra)}. {hint}"
     if differing:
+        listed = shortlist(f"{n} {list(a)} vs base {list(b)}" for n, (a, b) in differing.items())
         yield (
-            f"expert {task!r}: {len(differing)} of {len(common)} tensors differ from the base in "
-            f"shape: {shortlist(differing)}. Another architecture, patch size or vocabulary?"
+            f"{role}: {len(differing)} of {len(shapes)} tensors differ from the base in shape: {listed}. "
+            + (seen or shape_hint(differing))
         )
+    yield from (f"{role}: {text}" for text in _quantised_problems(theirs, ours))
 
 
-def _prefix_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """Name the prefix whose removal or addition would make the names agree, if there is one."""
-    for prefix in _PREFIXES:
-        if any(name.removeprefix(prefix) in missing for name in extra if name.startswith(prefix)):
-            return f" The expert's names carry the prefix {prefix!r}: strip it."
-        if any(prefix + name in missing for name in extra):
-            return f" The expert's names lack the prefix {prefix!r}: add it."
-    return ""
+def _quantised_problems(found: Infos, ours: Infos) -> Iterable[str]:
+    names = [
+        name
+        for name, (_, dtype) in found.items()
+        if is_quantised(dtype)
+        or (name in ours and is_mergeable(ours[name].dtype) and not is_mergeable(dtype))
+    ]
+    if names:
+        dtypes = shortlist(sorted({str(found[name].dtype) for name in names}))
+        yield f"quantised tensors {shortlist(names)}: dequantise first (found {dtypes})."
 
 
-def _is_quantised(dtype: torch.dtype) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a name matches one of the patterns (``fnmatch``)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_quantised(dtype: torch.dtype) -> bool:
+    """Tell whether a floating dtype is too narrow to stand without scales."""
     return dtype.is_floating_point and dtype not in _WHOLE_FLOATS
+
+
+def as_bytes(tensor: Tensor) -> UInt8[Tensor, " byte"]:
+    """Give a tensor's memory, on the CPU, without a copy where it is contiguous there."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def first_nonfinite(tensor: Tensor) -> tuple[int, ...] | None:
     """Give the index of the first NaN or Inf of a tensor, or None where all are finite."""
-    if torch.isfinite(tensor).all():
+    tensor = tensor.detach()
+    if is_quantised(tensor.dtype):
+        tensor = tensor.float()
+    # A sum shows every NaN and infinity, at the speed of memory; one that overflows by itself proves nothing.
+    if not is_mergeable(tensor.dtype) or tensor.sum().isfinite() or torch.isfinite(tensor).all():
         return None
     return tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
 
@@ -146,7 +240,7 @@ def digest(state: State) -> str:
     """
     total = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(as_bytes(tensor).numpy().data)
     return total.hexdigest()

@@ -1,6 +1,23 @@
 """Any published checkpoint to a lazy State, and a State back to the same layout."""
 
+from adamerge.checkpoints.adapter import Adapter, is_adapter, open_adapter
+from adamerge.checkpoints.configs import require_same_configuration
+from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
-from adamerge.checkpoints.writing import save, save_tensors
+from adamerge.checkpoints.spans import SpanReader
+from adamerge.checkpoints.writing import save, save_stream, save_tensors
 
-__all__ = ["Checkpoint", "open_checkpoint", "save", "save_tensors"]
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "SpanReader",
+    "is_adapter",
+    "local_path",
+    "locate",
+    "open_adapter",
+    "open_checkpoint",
+    "require_same_configuration",
+    "save",
+    "save_stream",
+    "save_tensors",
+]

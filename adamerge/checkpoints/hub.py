@@ -6,7 +6,9 @@ import socket
 from pathlib import Path
 from urllib.parse import urlparse
 
-from adamerge.errors import EnvironmentProblem
+from adamerge import zoo
+from adamerge.data.tasks import EMBEDDED
+from adamerge.errors import EnvironmentProblem, InputError, nearest
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|npz|h5|gguf|onnx|json|ya?ml)$")
@@ -26,6 +28,22 @@ def local_path(source: str | Path, role: str) -> Path:
     """
     path = Path(source)
     return fetch(str(source), role) if not path.exists() and is_hub_id(str(source)) else path
+
+
+def locate(path: str) -> Path:
+    """Give the local path that a user names: a path, a hub id, or ``embedded:NAME``.
+
+    Raises:
+        InputError: No such embedded model.
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
+    """
+    if not path.startswith(EMBEDDED):
+        return local_path(path, path)
+    shipped = {"base": zoo.base()} | zoo.experts()
+    name = path.removeprefix(EMBEDDED)
+    if name not in shipped:
+        raise InputError(f"embedded model {name!r} is unknown.", nearest(name, shipped))
+    return shipped[name]
 
 
 def fetch(repo_id: str, role: str) -> Path:

@@ -1,8 +1,8 @@
-"""Writes a State in the layout of the checkpoint it came from, whole or not at all."""
+"""Writes tensors in the layout of the checkpoint they came from, one at a time, whole or not at all."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,9 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.atomic import atomic_file, atomic_folder, refuse_existing, require_free_space
+from adamerge.checkpoints.diagnosis import PICKLES
+from adamerge.checkpoints.header import make_header
 from adamerge.checkpoints.reading import INDEX, Checkpoint, open_checkpoint
 from adamerge.errors import InputError, NumericError, shortlist
-from adamerge.state import State, first_nonfinite, is_mergeable
+from adamerge.state import State, TensorInfo, as_bytes, first_nonfinite, info, is_mergeable, is_quantised
+
+_WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+_LIKE = "Give as `like` the base that the vectors were opened with."
 
 
 def save(
@@ -22,7 +27,7 @@ def save(
     like: str | Path,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    card: str | None = None,
+    card: str | Callable[[], str] | None = None,
 ) -> Path:
     """Write a merged state so that the library that loads ``like`` loads it too.
 
@@ -32,7 +37,7 @@ def save(
         like: The checkpoint whose names, shards, dtypes, configuration and tokenizer files are kept.
         dtype: Dtype of floating tensors; default: each tensor's dtype in ``like``.
         overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
-        card: Text of the folder's README.md (the model card).
+        card: Text of the folder's README.md (the model card), or what gives it after the last tensor.
 
     Returns:
         The path written.
@@ -42,24 +47,56 @@ def save(
         NumericError: A value is not finite, or does not fit the output dtype.
         EnvironmentProblem: The disk is full or not writable.
     """
+    _require_same_tensors(state, open_checkpoint(like, role="like"))
+    return save_stream(state.items(), out, like=like, dtype=dtype, overwrite=overwrite, card=card)
+
+
+def save_stream(
+    tensors: Iterable[tuple[str, Tensor]],
+    out: str | Path,
+    *,
+    like: str | Path,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    card: str | Callable[[], str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a model whose tensors come one at a time, in any order; memory holds one of them.
+
+    Args:
+        tensors: Every tensor of ``like`` once, with its name.
+        out: The file (where ``like`` is a file) or folder to make.
+        like: The checkpoint whose names, shards, dtypes, configuration and tokenizer files are kept.
+        dtype: Dtype of floating tensors; default: each tensor's dtype in ``like``.
+        overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
+        card: Text of the folder's README.md (the model card), or what gives it after the last tensor.
+        metadata: Added to the metadata that the files of ``like`` carry.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: A tensor is missing, unknown, repeated or of another shape, or ``out`` exists and
+            ``overwrite`` is false.
+        NumericError: A value is not finite, or does not fit the output dtype.
+        EnvironmentProblem: The disk is full or not writable.
+    """
     out, layout = Path(out), open_checkpoint(like, role="like")
     refuse_existing(out, overwrite=overwrite)
-    _require_same_tensors(state, layout)
-    dtypes = {name: _output_dtype(layout.info(name).dtype, dtype) for name in layout}
-    n_bytes = sum(state[name].numel() * dtypes[name].itemsize for name in layout)
+    infos = {name: _output_info(layout.info(name), dtype) for name in layout}
+    n_bytes = sum(info.n_bytes for info in infos.values())
     require_free_space(out.parent, n_bytes)
     if layout.root.is_file():
         with atomic_file(out) as file:
-            _write_shard(state, file, tuple(layout), dtypes)
+            _Shards(layout, infos, {layout.root: file}, metadata).fill(tensors)
         return out
     with atomic_folder(out, overwrite=overwrite) as folder:
-        _copy_companions(layout, folder)
-        for shard in layout.files:
-            names = tuple(n for n, file in layout.file_of.items() if file == shard)
-            _write_shard(state, folder / shard.name, names, dtypes)
+        _copy_companions(layout, folder, dtype)
+        _Shards(layout, infos, {f: folder / f.name for f in layout.files}, metadata).fill(tensors)
         _write_index(layout, folder, n_bytes)
         if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            text = card if isinstance(card, str) else card()
+            (folder / "README.md").write_text(text, encoding="utf-8")
     return out
 
 
@@ -70,34 +107,97 @@ def save_tensors(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str
         save_file(contiguous, file, metadata=dict(metadata or {}))
 
 
-def _write_shard(state: State, file: Path, names: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> None:
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name in names:
-        tensor = _cast(name, state[name], dtypes[name])
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # tied: `like` has both names
-        storages.add(storage)
-    save_file(tensors, file, metadata={"format": "pt"})
+class _Shards:
+    """Safetensors files whose headers stand, and whose tensors come in any order.
+
+    Args:
+        layout: The checkpoint whose names and files are kept.
+        infos: Every tensor's shape and output dtype.
+        paths: From each of the layout's files to the one to write.
+        metadata: Added to the metadata of every file.
+    """
+
+    def __init__(
+        self,
+        layout: Checkpoint,
+        infos: Mapping[str, TensorInfo],
+        paths: Mapping[Path, Path],
+        metadata: Mapping[str, str] | None,
+    ) -> None:
+        self.root, self.infos = layout.root, infos
+        self.places: dict[str, tuple[Path, int]] = {}
+        for source, path in paths.items():
+            own = {name: infos[name] for name in layout if layout.entry(name).file == source}
+            added = {"format": "pt"} | dict(metadata or {})
+            header, offsets = make_header(own, layout.metadata[source] | added)
+            path.write_bytes(header)
+            self.places |= {name: (path, offset) for name, offset in offsets.items()}
+
+    def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write every tensor to its place."""
+        waiting = set(self.places)
+        for name, tensor in tensors:
+            if name not in waiting:
+                what = "was given twice" if name in self.places else f"is not in {self.root}"
+                raise InputError(f"tensor {name} {what}; nothing was written.", _LIKE)
+            waiting.remove(name)
+            found, expected = tuple(tensor.shape), self.infos[name].shape
+            if found != expected:
+                raise InputError(
+                    f"tensor {name} has shape {list(found)}, but {list(expected)} in {self.root}; "
+                    "nothing was written.",
+                    _LIKE,
+                )
+            _write_at(*self.places[name], _cast(name, tensor, self.infos[name].dtype))
+        if waiting:
+            raise InputError(
+                f"{len(waiting)} tensors of {self.root} did not come: {shortlist(sorted(waiting))}; "
+                "nothing was written.",
+                _LIKE,
+            )
+
+
+def _write_at(file: Path, offset: int, tensor: Tensor) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(as_bytes(tensor).numpy().data)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring a tensor to its output dtype; never let a finite value overflow unseen."""
-    found = first_nonfinite(tensor)
-    if found is not None:
-        raise NumericError(f"the merged {name}{list(found)} is not finite; nothing was written.")
+    """Bring a tensor to its output dtype; never let a value change unseen."""
+    if tensor.is_meta:
+        raise InputError(f"tensor {name} is on the meta device and has no values.", "Load it first.")
     cast = tensor.detach().to("cpu", dtype).contiguous()
-    if first_nonfinite(cast) is not None:
-        largest = tensor.abs().max().item()
-        raise NumericError(
-            f"the merged {name} reaches {largest:.4g}, which {dtype} cannot hold.",
-            "Pass dtype=torch.bfloat16 or torch.float32; nothing was written.",
-        )
+    if not is_mergeable(dtype):
+        if tensor.dtype != dtype and not torch.equal(cast.to(tensor.dtype), tensor.cpu()):
+            raise InputError(f"tensor {name} ({tensor.dtype}) has values that {dtype} cannot hold.", _LIKE)
+    elif first_nonfinite(cast) is not None:
+        raise _numeric_error(name, tensor, cast)
     return cast
 
 
-def _output_dtype(stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    return asked if asked is not None and is_mergeable(stored) else stored
+def _numeric_error(name: str, tensor: Tensor, cast: Tensor) -> NumericError:
+    """Tell a value that was never finite from one that the output dtype cannot hold."""
+    found = first_nonfinite(tensor)
+    overflowed_before = tensor.dtype == cast.dtype == torch.float16 and not tensor.isnan().any()
+    if found is not None and not overflowed_before:
+        return NumericError(f"the merged {name}{list(found)} is not finite; nothing was written.")
+    limits, wider = torch.finfo(cast.dtype), "bfloat16"
+    if limits.max >= torch.finfo(torch.bfloat16).max:
+        wider = "float32" if cast.dtype == torch.bfloat16 else "float64"
+    count = int((~torch.isfinite(cast.float())).sum())
+    return NumericError(
+        f"the merged {name} reaches {tensor.abs().max().item():.4g}: {count} of its {cast.numel()} values "
+        f"are beyond {limits.max:.6g}, the most that {cast.dtype} can hold.",
+        f"Nothing was written; use --dtype {wider} (dtype=torch.{wider}).",
+    )
+
+
+def _output_info(stored: TensorInfo, asked: torch.dtype | None) -> TensorInfo:
+    """Keep the stored dtype of integers, and of quantised tensors, whose scales stand elsewhere."""
+    if asked is None or not is_mergeable(stored.dtype) or is_quantised(stored.dtype):
+        return stored
+    return TensorInfo(stored.shape, asked)
 
 
 def _require_same_tensors(state: State, layout: Checkpoint) -> None:
@@ -107,26 +207,32 @@ def _require_same_tensors(state: State, layout: Checkpoint) -> None:
         raise InputError(
             f"the state lacks {len(missing)} tensors of {layout.root} ({shortlist(missing)}) "
             f"and has {len(extra)} others ({shortlist(extra)}).",
-            "Give as `like` the base that the vectors were opened with.",
+            _LIKE,
         )
-    misshapen = [name for name in layout if tuple(state[name].shape) != layout.info(name).shape]
+    misshapen = [name for name in layout if info(state, name).shape != layout.info(name).shape]
     if misshapen:
         raise InputError(
             f"{len(misshapen)} tensors have another shape than in {layout.root}: {shortlist(misshapen)}.",
-            "Give as `like` the base that the vectors were opened with.",
+            _LIKE,
         )
 
 
-def _copy_companions(layout: Checkpoint, folder: Path) -> None:
-    """Copy what is not weights: configuration, tokenizer, processor."""
+def _copy_companions(layout: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    """Copy what is not weights: configuration (which names the dtype), tokenizer, processor."""
     for path in sorted(layout.root.iterdir()):
-        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
-        if path.is_file() and not is_weights and path.name not in (INDEX, "README.md"):
+        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and path.name != "README.md":
             shutil.copyfile(path, folder / path.name)
+    config = folder / "config.json"
+    if dtype is not None and config.exists():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        names = [key for key in ("dtype", "torch_dtype") if key in settings]
+        named = dict.fromkeys(names, str(dtype).removeprefix("torch."))
+        config.write_text(json.dumps(settings | named, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_index(layout: Checkpoint, folder: Path, n_bytes: int) -> None:
     if (layout.root / INDEX).exists():
-        index = json.loads((layout.root / INDEX).read_text())
+        index = json.loads((layout.root / INDEX).read_text(encoding="utf-8"))
         index.setdefault("metadata", {})["total_size"] = n_bytes
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -1,11 +1,7 @@
 """What is written has the layout of its model, appears whole, and is readable by others."""
 
-import errno
 import json
 import os
-import shutil
-import subprocess
-from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adamerge.checkpoints import open_checkpoint, save, save_tensors, writing
+from adamerge.checkpoints import open_checkpoint, save, save_stream, save_tensors
 from adamerge.checkpoints.reading import INDEX
-from adamerge.errors import EnvironmentProblem, InputError, NumericError
+from adamerge.errors import InputError, NumericError
 
 
 def state() -> dict[str, Tensor]:
@@ -55,15 +51,6 @@ def test_a_folder_keeps_shards_dtypes_and_companions(like: Path, out: Path) -> N
     reread = open_checkpoint(out)
     assert {n: t.dtype for n, t in reread.items()} == {n: t.dtype for n, t in open_checkpoint(like).items()}
     assert all(torch.equal(reread[n].float(), t.float()) for n, t in state().items())
-
-
-def test_a_dtype_that_was_asked_for_leaves_integers_alone(like: Path, out: Path) -> None:
-    save(state(), out, like=like, dtype=torch.bfloat16)
-    assert [open_checkpoint(out).info(n).dtype for n in ("b.weight", "b.bias", "ids")] == [
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.int64,
-    ]
 
 
 def test_a_file_is_written_like_a_file(tmp_path: Path, out: Path) -> None:
@@ -107,6 +94,73 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path: Path, out: Path) 
     assert torch.equal(load_file(out)["b"], tied)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([("ids", torch.arange(3)), ("b.bias", torch.ones(2))], "1 tensors of .*like did not come: b.weight"),
+        ([("ids", torch.arange(3))] * 2, "tensor ids was given twice"),
+        ([("new", torch.ones(1))], "tensor new is not in .*like"),
+        ([("ids", torch.arange(6).reshape(2, 3))], r"tensor ids has shape \[2, 3\], but \[3\] in .*like"),
+        ([("ids", torch.ones(3, device="meta"))], "tensor ids is on the meta device"),
+    ],
+    ids=["missing", "repeated", "unknown", "shape", "meta"],
+)
+def test_a_stream_of_another_model_is_refused(
+    like: Path, out: Path, tensors: list[tuple[str, Tensor]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        save_stream(iter(tensors), out, like=like)
+    assert entries(out.parent) == ["like"]
+
+
+def test_nothing_is_visible_before_the_last_tensor_and_the_card_comes_after_it(like: Path, out: Path) -> None:
+    seen = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in state().items():
+            assert not out.exists()
+            yield name, tensor
+            seen.append(name)
+
+    save_stream(tensors(), out, like=like, card=lambda: f"after {len(seen)}")
+    assert (out / "README.md").read_text() == "after 3"
+
+
+def test_metadata_of_the_files_is_kept_and_added_to(like: Path, out: Path) -> None:
+    save_file(
+        {"b.weight": state()["b.weight"]}, like / "one.safetensors", metadata={"format": "np", "by": "us"}
+    )
+    save_stream(state().items(), out, like=like, metadata={"method": "ties"})
+    assert open_checkpoint(out).metadata == {
+        out / "one.safetensors": {"format": "pt", "by": "us", "method": "ties"},
+        out / "two.safetensors": {"format": "pt", "method": "ties"},
+    }
+
+
+def test_other_forms_of_the_weights_are_not_companions(like: Path, out: Path) -> None:
+    for name in ("model.gguf", "model.onnx", "pytorch_model.bin.index.json", "tokenizer.json"):
+        (like / name).write_text("{}")
+    save(state(), out, like=like)
+    assert entries(out) == ["config.json", INDEX, "one.safetensors", "tokenizer.json", "two.safetensors"]
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "5KB"])
+def test_transformers_loads_a_merged_language_model_without_us(
+    tmp_path: Path, out: Path, max_shard_size: str
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **small))
+    model.save_pretrained(tmp_path / "like", max_shard_size=max_shard_size)
+    merged = {name: tensor + 1 for name, tensor in open_checkpoint(tmp_path / "like").items()}
+    save_stream(reversed(merged.items()), out, like=tmp_path / "like")
+    assert (out / INDEX).exists() == (max_shard_size == "5KB")
+    found = LlamaForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in merged.items())
+    assert torch.equal(found["lm_head.weight"], merged["model.embed_tokens.weight"])
+
+
 def test_an_existing_output_is_kept_unless_told_otherwise(like: Path, out: Path) -> None:
     save(state(), out, like=like)
     doubled = {name: 2 * tensor for name, tensor in state().items()}
@@ -136,76 +190,61 @@ def test_a_state_of_another_model_is_refused(
     assert entries(out.parent) == ["like"]
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (float("nan"), r"b.weight\[0, 0\] is not finite; nothing was written"),
-        (7e4, "b.weight reaches 7e\\+04, which torch.float16 cannot hold.\nPass dtype=torch.bfloat16"),
-    ],
-)
-def test_values_that_cannot_be_stored_stop_with_nothing_written(
-    like: Path, out: Path, value: float, message: str
-) -> None:
-    wrong = state()
-    wrong["b.weight"][0, 0] = value
+INF = float("inf")
+UNFIT: dict[str, tuple[Tensor, torch.dtype | None, str]] = {
+    "NaN": (
+        torch.tensor([[0, 0, 0], [0, float("nan"), 0]]),
+        None,
+        r"b.weight\[1, 1\] is not finite; nothing",
+    ),
+    "infinity": (torch.tensor([[0, 0, INF], [0, 0, 0]]), None, r"b.weight\[0, 2\] is not finite"),
+    "NaN in half": (torch.full((2, 3), float("nan")).half(), None, r"b.weight\[0, 0\] is not finite"),
+    "half that overflowed and is asked wide": (
+        torch.full((2, 3), INF).half(),
+        torch.bfloat16,
+        "is not finite",
+    ),
+    "overflow": (
+        torch.tensor([[0, -7e4, 0], [0, 6.6e4, 65504]]),
+        None,
+        r"b.weight reaches 7e\+04: 2 of its 6 values are beyond 65504, the most that torch.float16 can "
+        r"hold.\nNothing was written; use --dtype bfloat16 \(dtype=torch.bfloat16\)",
+    ),
+    "half that overflowed before": (
+        torch.tensor([[0, -INF, 0], [0, 0, 1]]).half(),
+        None,
+        r"reaches inf: 1 of its 6 values are beyond 65504, .*\n.*use --dtype bfloat16",
+    ),
+    "overflow of bfloat16": (torch.full((2, 3), 3.4e38), torch.bfloat16, r"use --dtype float32"),
+    "overflow of fp32": (
+        torch.full((2, 3), 1e300, dtype=torch.float64),
+        torch.float32,
+        r"use --dtype float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_values_that_cannot_be_stored_stop_with_nothing_written(like: Path, out: Path, what: str) -> None:
+    tensor, dtype, message = UNFIT[what]
     with pytest.raises(NumericError, match=message) as caught:
-        save(wrong, out, like=like)
+        save(state() | {"b.weight": tensor}, out, like=like, dtype=dtype)
     assert caught.value.exit_code == 4
     assert entries(out.parent) == ["like"]
 
 
-def test_too_little_free_space_is_found_before_writing(
-    like: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 5))
-    with pytest.raises(EnvironmentProblem, match="needs 0 MiB, 0 MiB are free"):
-        save(state(), out / "deep" / "er", like=like)
-    assert entries(out.parent) == ["like"]
+def test_sums_that_overflow_are_no_alarm(tmp_path: Path, out: Path) -> None:
+    large = {"a": torch.full((9,), 3e38), "b": torch.full((9,), 6e4).half(), "c": torch.tensor([3e38, 3e38])}
+    save_file(large, tmp_path / "like.safetensors")
+    save(large, out, like=tmp_path / "like.safetensors")
+    assert torch.equal(load_file(out)["a"], large["a"])
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-def test_a_disk_that_fills_up_at_any_write_leaves_the_old_output(
-    like: Path, out: Path, monkeypatch: pytest.MonkeyPatch, nth: int
-) -> None:
-    save(state(), out, like=like)
-    writes = iter(range(1, 9))
-
-    def fill_up(*args: object, **options: object) -> None:
-        if next(writes) == nth:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(*args, **options)
-
-    monkeypatch.setattr(writing, "save_file", fill_up)
-    with pytest.raises(
-        EnvironmentProblem, match=r"the disk is full\.\nNothing was left half-written"
-    ) as caught:
-        save({n: 2 * t for n, t in state().items()}, out, like=like, overwrite=True)
-    assert caught.value.exit_code == 5
-    assert entries(out.parent) == ["like", "merged"]
+def test_integers_are_never_rounded(like: Path, out: Path) -> None:
+    with pytest.raises(InputError, match="ids \\(torch.float32\\) has values that torch.int64 cannot hold"):
+        save(state() | {"ids": torch.tensor([0.0, 1.0, 2.5])}, out, like=like)
+    save(state() | {"ids": torch.tensor([0.0, 1.0, 2.0])}, out, like=like)
     assert torch.equal(open_checkpoint(out)["ids"], state()["ids"])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB, where this user may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting needs rights that this user lacks")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "require_free_space", lambda *_: None)  # another process took the space
-    like = small_disk.parent / "like.safetensors"
-    big = {"w": torch.zeros(2**19)}
-    save_file(big, like)
-    with pytest.raises(EnvironmentProblem, match="the disk is full"):
-        save(big, small_disk / "out.safetensors", like=like)
-    assert entries(small_disk) == []
 
 
 def test_small_files_of_our_own_take_views_and_metadata(tmp_path: Path) -> None:

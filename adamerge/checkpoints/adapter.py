@@ -1,0 +1,211 @@
+"""Reads a PEFT LoRA folder as the complete expert that it makes of its base, lazily."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adamerge.checkpoints.hub import local_path
+from adamerge.checkpoints.lora import CONFIG, MERGE_HINT, WEIGHTS, Edit, read_edits
+from adamerge.checkpoints.reading import INDEX, SINGLE_FILES, Checkpoint
+from adamerge.errors import InputError, shortlist
+from adamerge.names import PREFIXES
+from adamerge.state import State, TensorInfo, info, is_mergeable
+
+
+class Adapter(Mapping[str, Tensor]):
+    """A lazy map from the base's names to the tensors of base + adapter, which are never all held.
+
+    LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and, for linear layers, DoRA (arXiv:2402.09353).
+    Tensors that the adapter leaves alone, and all integers, are the base's own.
+
+    Args:
+        root: The PEFT folder.
+        base: The state that the adapter was trained on; its names stand.
+
+    Raises:
+        InputError: The folder is damaged, holds what is not reproduced here, or does not fit the base.
+    """
+
+    def __init__(self, root: Path, base: State) -> None:
+        self.root, self.files = root, (root / CONFIG, root / WEIGHTS)
+        self._base = base
+        self._tensors, edits = read_edits(root)
+        self._edits = _place(edits, base, self._tensors)
+        self.changed = tuple(name for name in base if name in self._edits)
+        _refuse_ties(base, [name for name in self.changed if self._edits[name].rank])
+
+    def __getitem__(self, name: str) -> Tensor:
+        edit = self._edits.get(name)
+        if edit is None:
+            return self._base[name]
+        if edit.saved and not edit.factors:
+            return self._tensors[edit.saved].float()
+        return self._wide(name) + self._change(name, edit)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._base
+
+    def info(self, name: str) -> TensorInfo:
+        """Give the shape and dtype of a tensor without reading its values; changed ones are fp32."""
+        found = info(self._base, name)
+        return found._replace(dtype=torch.float32) if name in self._edits else found
+
+    def delta(self, name: str) -> Float[Tensor, "..."] | None:
+        """Give the adapter's change of a tensor in fp32, or None where it leaves the tensor alone."""
+        edit = self._edits.get(name)
+        return None if edit is None else self._change(name, edit)
+
+    def rank(self, name: str) -> int | None:
+        """Give the r of a change that is B A and no more; None for any other tensor."""
+        edit = self._edits.get(name)
+        return None if edit is None or edit.saved or edit.magnitude else edit.rank
+
+    def file_digest(self) -> str:
+        """Hash the bytes of all files (SHA-256), which stands for this adapter in reports."""
+        digests = (hashlib.sha256(file.read_bytes()).digest() for file in self.files)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+    def _wide(self, name: str) -> Tensor:
+        return self._base[name].detach().cpu().float()
+
+    def _change(self, name: str, edit: Edit) -> Tensor:
+        change = torch.zeros(())
+        if edit.saved:
+            change = self._tensors[edit.saved].float() - self._wide(name)
+        if edit.factors:
+            change = change + edit.scale * self._update(edit)
+        if edit.magnitude:
+            whole = self._wide(name) + change
+            norm = torch.linalg.vector_norm(whole, dim=0 if edit.transposed else 1, keepdim=True)
+            ratio = self._tensors[edit.magnitude].float().reshape(norm.shape) / norm
+            change = (ratio - 1) * whole + change
+        return change
+
+    def _update(self, edit: Edit) -> Tensor:
+        factors = [self._tensors[key].float() for key in edit.factors]
+        if len(factors) == 1:
+            return factors[0]
+        b, a = (factor.flatten(1) for factor in factors)
+        return (b @ a).T if edit.transposed else (b @ a).reshape(edit.shape)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Tell whether a local folder holds a PEFT adapter and no complete model."""
+    root = Path(path)
+    return (root / CONFIG).is_file() and not any((root / name).exists() for name in (INDEX, *SINGLE_FILES))
+
+
+def open_adapter(path: str | Path, base: State, *, role: str) -> Adapter:
+    """Open a PEFT LoRA folder as an expert of `base`, without reading its tensors.
+
+    Args:
+        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a hub id.
+        base: The state that the adapter was trained on; all names may differ by one prefix.
+        role: Who this is ("expert 'cars'"), for error messages.
+
+    Raises:
+        InputError: A file is missing or damaged, a setting changes weights in a way that is not
+            reproduced here, or tensors do not fit the base (one message lists them).
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
+    """
+    root = local_path(path, role)
+    try:
+        return Adapter(root, base)
+    except InputError as error:
+        raise InputError(f"{role}: {error}") from error
+
+
+def _place(edits: Mapping[str, Edit], base: State, tensors: Checkpoint) -> dict[str, Edit]:
+    """Give the edits by the base's names, or one message of all that does not fit."""
+    ways = _ways(list(edits), base)
+    misfits = [list(_misfits(edits, way, base, tensors)) for way in ways]
+    fitting = [way for way, problems in zip(ways, misfits, strict=True) if not problems]
+    if not fitting:
+        problems = min(misfits, key=len)
+        raise InputError(
+            f"{len(problems)} of {len(edits)} changed tensors do not fit the base: {shortlist(problems)}.",
+            "Give the base that the adapter was trained on.",
+        )
+    if misfits[0] and len(fitting) > 1:
+        places = shortlist(next(iter(way.values())) for way in fitting)
+        raise InputError(f"its names fit the base in several places: {places}.", MERGE_HINT)
+    placed = {fitting[0][name]: edit for name, edit in edits.items()}
+    return _turn({n: edit for n, edit in placed.items() if is_mergeable(info(base, n).dtype)}, base)
+
+
+def _ways(names: list[str], base: State) -> list[dict[str, str]]:
+    """List where an adapter's names may stand in the base: as they are, or one prefix more or less."""
+    above = {other.removesuffix(names[0]) for other in base if other.endswith(f".{names[0]}")}
+    ways = [tuple(names)]
+    ways += [tuple(prefix + name for name in names) for prefix in sorted(above.union(PREFIXES))]
+    ways += [tuple(name.removeprefix(prefix) for name in names) for prefix in PREFIXES]
+    return [dict(zip(names, way, strict=True)) for way in dict.fromkeys(ways) if len(set(way)) == len(way)]
+
+
+def _misfits(
+    edits: Mapping[str, Edit], way: Mapping[str, str], base: State, tensors: Checkpoint
+) -> Iterator[str]:
+    for name, edit in edits.items():
+        if way[name] not in base:
+            yield f"{name} is not in the base"
+            continue
+        shape, dtype = info(base, way[name])
+        saved = tensors.info(edit.saved).shape if edit.saved else shape
+        turned = edit.linear and edit.shape[::-1] == shape
+        if saved != shape or (edit.factors and edit.shape != shape and not turned):
+            yield f"{name} {list(edit.shape or saved)} vs base {list(shape)}"
+        elif edit.factors and not is_mergeable(dtype):
+            yield f"{name} is {dtype} in the base (dequantise it first)"
+
+
+def _turn(edits: dict[str, Edit], base: State) -> dict[str, Edit]:
+    """Let shapes tell which linear layers store [in, out]; a square one is as fan_in_fan_out says.
+
+    PEFT stores one fan_in_fan_out for layers of both kinds: where shapes speak against it, it is void.
+    """
+    linear = {name: edit for name, edit in edits.items() if edit.linear}
+    square = [name for name, edit in linear.items() if edit.shape[0] == edit.shape[1]]
+    turned = {
+        name: replace(edit, transposed=info(base, name).shape != edit.shape)
+        for name, edit in linear.items()
+        if name not in square
+    }
+    if square and any(edit.transposed != linear[name].transposed for name, edit in turned.items()):
+        raise InputError(
+            "the shapes of some layers contradict its fan_in_fan_out, so that these square ones can be "
+            f"read in two ways: {shortlist(square)}.",
+            MERGE_HINT,
+        )
+    return edits | turned
+
+
+def _refuse_ties(base: State, names: Collection[str]) -> None:
+    """Refuse to change a tensor that the base holds twice: its copy would stay behind."""
+
+    def look(name: str) -> tuple[object, ...]:
+        return info(base, name), *base[name].flatten()[:64].tolist()
+
+    kinds = {info(base, name) for name in names}
+    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name in base:
+        if info(base, name) in kinds:
+            alike[look(name)].append(name)
+    for name in names:
+        twins = [n for n in alike[look(name)] if n != name and torch.equal(base[n], base[name])]
+        if twins and base[name].any():
+            raise InputError(
+                f"it changes {name}, which the base holds again as {twins[0]}.",
+                f"If the model ties them, save the base without {twins[0]}. Otherwise: {MERGE_HINT}",
+            )

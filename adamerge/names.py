@@ -1,0 +1,87 @@
+"""What names and shapes tell: whether a task can be a file, and how an expert differs from the base."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from adamerge.errors import InputError
+
+Shape = tuple[int, ...]
+PREFIXES = ("module.", "model.", "vision_model.", "visual.")
+_TOWERS = ("visual.", "vision_model.")  # an image tower alone is a complete expert of a CLIP
+_PATCHES = re.compile(r"(.*\.)?(conv1|conv_proj|projection|patch_embedding|patch_embed\.proj)\.weight")
+_WIDTHS = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}
+_LAYER = re.compile(r"\b(?:layers?|resblocks|blocks?|h)\.(\d+)\.")
+_VOCABULARY = re.compile(r"embed_tokens|token_embedding|word_embeddings|\bwte\b|lm_head|\bshared\b|vocab")
+_QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|SCB|absmax|quant_map|weight_scale(_inv)?)")
+
+
+def require_file_names(tasks: Iterable[str]) -> None:
+    """Check that every task can give its name to a file.
+
+    Raises:
+        InputError: A name cannot be a file name, or two names differ only in case.
+    """
+    folded: dict[str, str] = {}
+    for name in tasks:
+        if not name or any(c in name for c in '/\\:*?"<>|\0') or name.startswith("."):
+            raise InputError(f"task name {name!r} cannot be a file name.", "Use letters, digits, '-', '_'.")
+        if folded.setdefault(name.casefold(), name) != name:
+            raise InputError(f"tasks {folded[name.casefold()]!r} and {name!r} differ only in case.")
+
+
+def needed_of(base: Iterable[str], expert: Iterable[str]) -> list[str]:
+    """Give the names that an expert must have: all, or one tower's where it holds nothing else."""
+    base, expert = list(base), list(expert)
+    for tower in _TOWERS:
+        if expert and all(name.startswith(tower) for name in expert):
+            return [name for name in base if name.startswith(tower)] or base
+    return base
+
+
+def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """Name the prefix whose removal or addition would make the names agree, or say how to go on."""
+    for prefix in PREFIXES:
+        if any(name.removeprefix(prefix) in missing for name in extra if name.startswith(prefix)):
+            return f"The expert's names carry the prefix {prefix!r}: strip it."
+        if any(prefix + name in missing for name in extra):
+            return f"The expert's names lack the prefix {prefix!r}: add it."
+    return "If that is meant, pass allow_missing=[PATTERN, ...] (--allow-missing PATTERN)."
+
+
+def extra_hint(extra: Iterable[str]) -> str:
+    """Tell a quantised expert by its names, or say how to go on."""
+    if any(_QUANTISED.fullmatch(name) for name in extra):
+        return "It looks quantised: dequantise first."
+    return "If they may be left out, pass exclude=[PATTERN, ...] (--exclude PATTERN)."
+
+
+def shape_hint(differing: Mapping[str, tuple[Shape, Shape]]) -> str:
+    """Tell two vocabularies by the shapes that differ (expert's, base's), or say how to go on."""
+    for name, (theirs, ours) in differing.items():
+        if _VOCABULARY.search(name) and theirs[1:] == ours[1:]:
+            rows = [n for n, (a, b) in differing.items() if _resized(a, theirs[0], ours[0]) == b]
+            return (
+                f"Vocabularies of {theirs[0]} vs {ours[0]} tokens. To keep the base's, pass exclude={rows} "
+                f"({' '.join(f'--exclude {row}' for row in rows)})."
+            )
+    return "Another architecture? To keep the base's values, pass exclude=[PATTERN, ...] (--exclude PATTERN)."
+
+
+def looks_like(expert: Mapping[str, Shape], base: Mapping[str, Shape]) -> str:
+    """Say what two models look like where they look different: ``ViT-B/16 vs ViT-B/32``."""
+    pairs = zip(_traits(expert), _traits(base), strict=True)
+    different = [pair for pair in pairs if all(pair) and pair[0] != pair[1]]
+    theirs, ours = (", ".join(side) for side in zip(*different, strict=True)) if different else ("", "")
+    return f"Looks like {theirs} vs {ours}." if different else ""
+
+
+def _resized(shape: Shape, old: int, new: int) -> Shape:
+    return tuple(new if size == old else size for size in shape)
+
+
+def _traits(shapes: Mapping[str, Shape]) -> tuple[str, str]:
+    """Give a vision transformer's name and a model's depth, or nothing where they cannot be told."""
+    patches = next((s for n, s in shapes.items() if len(s) == 4 and _PATCHES.fullmatch(n)), (0, 0, 0, 0))
+    vit = f"ViT-{_WIDTHS[patches[0]]}/{patches[2]}" if patches[0] in _WIDTHS else ""
+    layers = [int(number) for name in shapes for number in _LAYER.findall(name)]
+    return vit, f"{max(layers) + 1} layers" if layers else ""

@@ -1,0 +1,146 @@
+"""Models of equal shapes are told apart by their configurations; what does not matter may differ."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adamerge.checkpoints.configs import require_same_configuration
+from adamerge.errors import InputError
+
+CLIP: dict[str, Any] = {
+    "model_type": "clip",
+    "projection_dim": 8,
+    "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": 24},
+    "text_config": {"model_type": "clip_text_model", "hidden_act": "quick_gelu"},
+}
+IMAGES: dict[str, Any] = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_resize": True,
+}
+
+
+def write(folder: Path, **files: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path / "base", config=CLIP, preprocessor_config=IMAGES)
+
+
+def changed(config: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    """Give a copy with one dotted key set."""
+    first, _, rest = key.partition(".")
+    return config | {first: changed(config[first], rest, value) if rest else value}
+
+
+def refused(base: Path, expert: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        require_same_configuration(base, {"cars": expert})
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "vision_config.hidden_act",
+            "gelu",
+            "activation differs: base 'quick_gelu', expert 'cars' 'gelu' (vision_config.hidden_act).\n"
+            "Experts must share the base's architecture",
+        ),
+        ("vision_config.patch_size", 16, "vision_config.patch_size differs: base 32, expert 'cars' 16."),
+        ("projection_dim", 9, "projection_dim differs: base 8, expert 'cars' 9."),
+        ("model_type", "bert", "model_type differs: base 'clip', expert 'cars' 'bert'."),
+    ],
+)
+def test_a_setting_that_changes_the_function_is_refused(
+    base: Path, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    """Also against a default that the base does not write, as its patch size."""
+    assert message in refused(base, write(tmp_path / "cars", config=changed(CLIP, key, value)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_name_or_path", "here"),
+        ("transformers_version", "4.1"),
+        ("torch_dtype", "float16"),
+        ("architectures", ["CLIPModel"]),
+        ("id2label", {"0": "cat"}),
+        ("vision_config.attention_dropout", 0.1),
+        ("vision_config._attn_implementation", "sdpa"),
+        ("vision_config.layer_norm_eps", 1e-5),  # the default, written out
+        ("text_config.vocab_size", 99),  # the tensors tell
+        ("of_a_later_version", 1),
+    ],
+)
+def test_a_setting_that_does_not_may_differ(base: Path, tmp_path: Path, key: str, value: object) -> None:
+    require_same_configuration(base, {"cars": write(tmp_path / "cars", config=changed(CLIP, key, value))})
+
+
+def test_an_image_tower_is_compared_with_its_part_of_a_clip(base: Path, tmp_path: Path) -> None:
+    tower = CLIP["vision_config"]
+    require_same_configuration(base, {"cars": write(tmp_path / "cars", config=tower)})
+    assert "activation differs" in refused(
+        base, write(tmp_path / "cars", config=changed(tower, "hidden_act", "gelu"))
+    )
+
+
+@pytest.mark.parametrize("kind", ["unknown", "llama"])
+def test_models_that_transformers_cannot_build_are_compared_as_written(tmp_path: Path, kind: str) -> None:
+    config = {"model_type": kind, "hidden_size": "large", "hidden_act": "silu"}
+    base = write(tmp_path / "base", config=config)
+    require_same_configuration(base, {"cars": write(tmp_path / "cars", config=config | {"new": 1})})
+    assert "activation differs: base 'silu', expert 'cars' 'gelu' (hidden_act)" in refused(
+        base, write(tmp_path / "cars", config=config | {"hidden_act": "gelu"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_mean", [0, 0, 0]), ("size", {"shortest_edge": 336}), ("do_resize", False), ("crop_size", 336)],
+)
+@pytest.mark.parametrize("file", ["preprocessor_config", "processor_config"])
+def test_other_preprocessing_is_refused(
+    base: Path, tmp_path: Path, key: str, value: object, file: str
+) -> None:
+    images = IMAGES | {key: value}
+    content = images if file == "preprocessor_config" else {"image_processor": images}
+    assert f"{key} differs: base " in refused(base, write(tmp_path / "cars", **{file: content}))
+
+
+def test_the_older_form_of_sizes_is_the_same(base: Path, tmp_path: Path) -> None:
+    older = IMAGES | {"size": 224, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}
+    require_same_configuration(base, {"cars": write(tmp_path / "cars", preprocessor_config=older)})
+
+
+def test_all_differences_of_all_experts_are_told_at_once(base: Path, tmp_path: Path) -> None:
+    other = changed(CLIP, "text_config.hidden_act", "gelu") | {"projection_dim": 9}
+    experts = {task: write(tmp_path / task, config=other) for task in ("cars", "digits")}
+    with pytest.raises(InputError) as caught:
+        require_same_configuration(base, experts)
+    assert str(caught.value).count("differs") == 4
+
+
+def test_what_has_no_configuration_is_not_judged(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "cars.safetensors").touch()
+    require_same_configuration(
+        base, {"cars": tmp_path / "cars.safetensors", "dots": write(tmp_path / "dots")}
+    )
+    require_same_configuration(tmp_path / "cars.safetensors", {"dots": base})
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_is_named(base: Path, tmp_path: Path, text: str) -> None:
+    (write(tmp_path / "cars") / "config.json").write_text(text)
+    assert "config.json is no JSON object.\nDownload it again" in refused(base, tmp_path / "cars")
