@@ -8,7 +8,8 @@ and a form that can combine its vectors and project a gradient onto them can be 
 expanded.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +26,11 @@ class Block(Protocol):
         """Bytes that the base tensor and the stored vectors occupy."""
         ...
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the expanded vectors, ``(task, *param)``, known without reading them."""
+        ...
+
     def combine(self, coefficients: Float[Tensor, " task"]) -> Float[Tensor, "*param"]:
         """Give base + sum over tasks of coefficient x vector, in fp32."""
         ...
@@ -39,6 +45,13 @@ class Block(Protocol):
 
     def dense(self) -> Float[Tensor, "task *param"]:
         """Expand all vectors to fp32: the reference that tests and static methods use."""
+        ...
+
+    def pieces(self) -> Iterator[tuple[slice, Float[Tensor, "task entry"]]]:
+        """Walk the flattened parameter piece by piece: a span of its entries, and the fp32 vectors there.
+
+        A piece may live in a buffer that the next one overwrites.
+        """
         ...
 
     def to(self, device: torch.device) -> "Block":
@@ -62,6 +75,49 @@ class Codec(Protocol):
             OverflowError: A value does not fit the stored form.
         """
         ...
+
+
+class PiecewiseBlock(ABC):
+    """A block whose arithmetic follows from its pieces."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the expanded vectors, ``(task, *param)``."""
+
+    @abstractmethod
+    def base_tensor(self) -> Float[Tensor, "*param"]:
+        """Give the base tensor in its source dtype."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[tuple[slice, Float[Tensor, "task entry"]]]:
+        """Walk the flattened parameter in fp32."""
+
+    def combine(self, coefficients: Float[Tensor, " task"]) -> Float[Tensor, "*param"]:
+        """Give base + sum over tasks of coefficient x vector, in fp32."""
+        row, device = coefficients.float()[None, None], coefficients.device
+        base = self.base_tensor().reshape(1, 1, -1)
+        merged = torch.empty(base.shape, device=device)
+        for span, vectors in self.pieces():
+            start = base[..., span].to(device, torch.float32)
+            torch.baddbmm(start, row, vectors[None].to(device), out=merged[..., span])
+        return merged.reshape(self.shape[1:])
+
+    def project(self, gradient: Float[Tensor, "*param"]) -> Float[Tensor, " task"]:
+        """Give the inner product of a gradient with each task's vector, in fp32."""
+        flat = gradient.reshape(-1).float()
+        total = flat.new_zeros(self.shape[0])
+        for span, vectors in self.pieces():
+            total += vectors.to(flat.device) @ flat[span]
+        return total
+
+    def dense(self) -> Float[Tensor, "task *param"]:
+        """Expand all vectors to fp32."""
+        stack = self.base_tensor().new_empty(self.shape, dtype=torch.float32)
+        flat = stack.reshape(self.shape[0], -1)
+        for span, vectors in self.pieces():
+            flat[:, span] = vectors
+        return stack
 
 
 class Merge(torch.autograd.Function):

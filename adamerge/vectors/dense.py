@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adamerge.vectors.block import PiecewiseBlock
+
 CODEC_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Half-precision vectors are widened piece by piece, so many entries of all tasks together: on a CPU they
 # should stay in its cache (eight times faster), on a GPU few kernels should do the work.
@@ -15,7 +17,7 @@ _GPU_CHUNKS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class DenseBlock:
+class DenseBlock(PiecewiseBlock):
     """One parameter's base tensor and its T task vectors.
 
     Args:
@@ -31,23 +33,10 @@ class DenseBlock:
         """Bytes of the base tensor and of all vectors."""
         return self.base.nbytes + self.vectors.nbytes
 
-    def combine(self, coefficients: Float[Tensor, " task"]) -> Float[Tensor, "*param"]:
-        """Give base + sum over tasks of coefficient x vector, in fp32."""
-        row = coefficients.float()[None, None]
-        base = self.base.reshape(1, 1, -1)
-        merged = base.new_empty(base.shape, dtype=torch.float32)
-        for span, vectors in self._pieces():
-            piece = base[..., span].float()
-            torch.baddbmm(piece, row, vectors[None], out=merged[..., span])
-        return merged.reshape(self.base.shape)
-
-    def project(self, gradient: Float[Tensor, "*param"]) -> Float[Tensor, " task"]:
-        """Give the inner product of a gradient with each task's vector, in fp32."""
-        flat = gradient.reshape(-1).float()
-        total = flat.new_zeros(len(self.vectors))
-        for span, vectors in self._pieces():
-            total += vectors @ flat[span]
-        return total
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the vectors, ``(task, *param)``."""
+        return tuple(self.vectors.shape)
 
     def base_tensor(self) -> Float[Tensor, "*param"]:
         """Give the base tensor in its source dtype."""
@@ -61,8 +50,8 @@ class DenseBlock:
         """Give the block on a device."""
         return DenseBlock(self.base.to(device), self.vectors.to(device))
 
-    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Walk ``[task, piece]`` in fp32: whole where stored so, else widened in chunks.
+    def pieces(self) -> Iterator[tuple[slice, Float[Tensor, "task entry"]]]:
+        """Walk the flattened parameter in fp32: whole where stored so, else widened in chunks.
 
         A chunk's memory is used again for the next one.
         """

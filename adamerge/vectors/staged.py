@@ -54,12 +54,12 @@ def staged_step(
     """
     names = vectors.names if names is None else names
     merged = vectors.merge(coefficients.detach(), names)
-    leaves = {name: weight.requires_grad_() for name, weight in merged.items()}
+    leaves = {name: weight.requires_grad_() for name, weight in merged.items() if name in vectors.blocks}
     columns = _Columns(vectors.blocks)
     columns.watch(leaves)
     losses = []
     for loss_of in passes:
-        loss = loss_of(leaves)
+        loss = loss_of(merged)
         if loss.requires_grad:
             (loss * scale).backward()
         losses.append(loss.detach())

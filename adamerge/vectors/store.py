@@ -1,41 +1,26 @@
 """TaskVectors: a base and its experts as differences, opened, audited and merged."""
 
-import math
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.checkpoints import Checkpoint, open_checkpoint
-from adamerge.errors import AdamergeWarning, InputError, nearest
-from adamerge.progress import track
-from adamerge.state import State, audit, digest, first_nonfinite
+from adamerge.checkpoints import is_adapter, local_path, open_adapter, open_checkpoint
+from adamerge.compression import is_compressed, open_compressed
+from adamerge.errors import InputError, nearest
+from adamerge.state import State, audit, tied_names
 from adamerge.vectors.block import Block, Codec, Merge
 from adamerge.vectors.dense import CODEC_DTYPES, DenseCodec
+from adamerge.vectors.origins import Origins
+from adamerge.vectors.stacks import Edit, Stacks, edited
+from adamerge.vectors.streamed import StreamedBlock
+from adamerge.vectors.ternary import TernaryCodec
 
 Source = str | Path | State
-
-
-class Stacks(Iterable[tuple[str, Tensor]]):
-    """The fp32 task vectors of every parameter, ``(name, [task, *param])``; can be walked repeatedly."""
-
-    def __init__(self, blocks: Mapping[str, Block]) -> None:
-        self._blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, block in self._blocks.items():
-            yield name, block.dense()
-
-
-Edit = Callable[..., Iterator[tuple[str, Tensor]]]
+STREAM, TERNARY = "stream", "ternary"
 
 
 @dataclass(frozen=True)
@@ -46,14 +31,18 @@ class TaskVectors:
         tasks: Task names, in the order given.
         blocks: Parameter name to block, in sorted order of names.
         rest: Tensors that no merge changes: integers, and tensors that no expert has.
-        codec: The stored form.
+        codec: The stored form; None: nothing is stored, every use reads the files again.
+        origins: What is known of the experts by reading them.
+        aliases: Further names of tensors that several names share, such as tied embeddings.
         digests: SHA-256 of the base and of each expert, for reports; filled by `open`.
     """
 
     tasks: tuple[str, ...]
     blocks: Mapping[str, Block]
     rest: Mapping[str, Tensor]
-    codec: Codec
+    codec: Codec | None
+    origins: Origins
+    aliases: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -64,6 +53,7 @@ class TaskVectors:
         codec: str | Codec = "fp32",
         *,
         allow_missing: Sequence[str] = (),
+        exclude: Sequence[str] = (),
         names: Collection[str] | None = None,
         force: bool = False,
     ) -> "TaskVectors":
@@ -74,33 +64,35 @@ class TaskVectors:
         Args:
             base: Checkpoint path, hub id, or a state in memory.
             experts: Task name to checkpoint path, hub id or state.
-            codec: "fp32", "bf16", "fp16", or a codec object.
+            codec: "fp32", "bf16", "fp16", "ternary" (two bits an entry, ComPEFT), a codec object, or
+                "stream": nothing is stored, and every use reads the files again.
             allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
+            exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
             names: Only these tensors take part; the others stay the base's. Default: all.
             force: Accept experts that look as if they came from another base.
 
         Raises:
             InputError: The experts do not fit the base (one message lists all that is wrong), a value
-                is not finite, or no expert differs from the base.
+                is not finite, or no expert differs from the base. Under "stream", values are looked at
+                when they are first read, and ``origins.check()`` tells the last of these afterwards.
         """
-        codec = _codec(codec)
         if not experts:
             raise InputError("no experts were given.", "Pass experts={NAME: PATH, ...}.")
-        base_state = _state(base, "base")
-        expert_states = {task: _state(e, f"expert {task!r}") for task, e in experts.items()}
-        audited = audit(base_state, expert_states, allow_missing=allow_missing)
+        base_state = open_base(base, "base")
+        expert_states = {task: open_expert(e, f"expert {task!r}", base_state) for task, e in experts.items()}
+        audited = audit(base_state, expert_states, allow_missing=allow_missing, exclude=exclude)
         kept = [name for name in audited if names is None or name in names]
-        norms = _Norms(tuple(experts))
-        blocks = {}
-        for name in track(kept, "Reading task vectors"):
-            tensor, vectors = _subtract(name, base_state, expert_states)
-            norms.add(tensor, vectors)
-            blocks[name] = _encode(codec, name, tensor, vectors)
-        norms.check(force=force)
-        rest = {name: base_state[name] for name in base_state if name not in blocks}
-        digests = {"base": _digest(base_state)}
-        digests |= {task: _digest(state) for task, state in expert_states.items()}
-        return cls(tuple(experts), blocks, rest, codec, digests)
+        tied = tied_names(base_state, expert_states)
+        aliases = {alias: name for alias, name in tied.items() if {alias, name} <= set(kept)}
+        origins = Origins(base_state, expert_states, force)
+        blocks = {name: StreamedBlock(name, origins) for name in kept if name not in aliases}
+        rest = {name: base_state[name] for name in base_state if name not in kept}
+        vectors = cls(tuple(experts), blocks, rest, _codec(codec), origins, aliases)
+        if vectors.codec is None:
+            return vectors
+        vectors = vectors.edit(lambda _, stack: stack, entrywise=True)
+        origins.check()
+        return replace(vectors, digests=origins.digests())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,7 +122,7 @@ class TaskVectors:
             coefficients = coefficients[:, [index[name] for name in kept]]
         with torch.autocast(coefficients.device.type, enabled=False):
             merged = Merge.apply(coefficients, [self.blocks[name] for name in kept])
-        return dict(zip(kept, merged, strict=True))
+        return self.with_aliases(dict(zip(kept, merged, strict=True)))
 
     def uniform(self, value: float | Sequence[float]) -> Float[Tensor, "task tensor"]:
         """Give coefficients that are equal for all tensors: one value, or one per task."""
@@ -149,24 +141,31 @@ class TaskVectors:
 
     def base_state(self) -> dict[str, Tensor]:
         """Give the complete base model in its source dtypes."""
-        return {n: b.base_tensor() for n, b in self.blocks.items()} | dict(self.rest)
+        return self.with_aliases({n: b.base_tensor() for n, b in self.blocks.items()}) | dict(self.rest)
 
-    def stacks(self) -> Stacks:
+    def with_aliases(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add the further names of tied tensors."""
+        return dict(tensors) | {a: tensors[name] for a, name in self.aliases.items() if name in tensors}
+
+    def stacks(self, description: str = "Reading task vectors") -> Stacks:
         """Give the fp32 vectors parameter by parameter, for static methods and edits."""
-        return Stacks(self.blocks)
+        return Stacks(self.blocks, description)
 
-    def edit(self, function: Edit, **options: object) -> "TaskVectors":
+    def edit(self, function: Edit, *, entrywise: bool = False) -> "TaskVectors":
         """Apply a task-vector edit (trim, drop, mask) and give vectors again, in the same codec.
 
         Args:
-            function: From `Stacks` to edited ``(name, [task, *param])`` pairs.
-            options: Keyword options of the edit.
+            function: From a parameter's name and its fp32 ``[task, *param]`` vectors to edited ones.
+            entrywise: Whether every entry is treated on its own.
         """
-        blocks = {
-            name: _encode(self.codec, name, self.blocks[name].base_tensor(), stack)
-            for name, stack in function(self.stacks(), **options)
+        blocks = edited(self.blocks, function, entrywise=entrywise)
+        if self.codec is None:
+            return replace(self, blocks=blocks)
+        stored = {
+            name: _encode(self.codec, name, block.base_tensor(), block.dense())
+            for name, block in Stacks(blocks).walk()
         }
-        return replace(self, blocks=blocks)
+        return replace(self, blocks=stored)
 
     def to(self, device: torch.device | str) -> "TaskVectors":
         """Give the vectors on a device."""
@@ -174,42 +173,33 @@ class TaskVectors:
         return replace(self, blocks={n: b.to(device) for n, b in self.blocks.items()})
 
 
-def _codec(codec: str | Codec) -> Codec:
+def _codec(codec: str | Codec) -> Codec | None:
     if not isinstance(codec, str):
         return codec
+    if codec == STREAM:
+        return None
+    if codec == TERNARY:
+        return TernaryCodec()
     if codec not in CODEC_DTYPES:
-        raise InputError(f"codec {codec!r} is unknown.", nearest(codec, CODEC_DTYPES))
+        raise InputError(f"codec {codec!r} is unknown.", nearest(codec, [*CODEC_DTYPES, STREAM, TERNARY]))
     return DenseCodec(CODEC_DTYPES[codec])
 
 
-def _state(source: Source, role: str) -> State:
+def open_base(source: Source, role: str = "base") -> State:
+    """Open a base: a checkpoint path, a hub id, or a state in memory."""
     return open_checkpoint(source, role=role) if isinstance(source, str | Path) else source
 
 
-def _digest(state: State) -> str:
-    return state.file_digest() if isinstance(state, Checkpoint) else digest(state)
-
-
-def _subtract(name: str, base: State, experts: Mapping[str, State]) -> tuple[Tensor, Tensor]:
-    """Read one parameter everywhere and give the base tensor and the fp32 differences."""
-    tensor = _finite(name, base[name], "base")
-    wide = tensor.float()
-    vectors = wide.new_zeros(len(experts), *wide.shape)
-    for row, (task, expert) in zip(vectors, experts.items(), strict=True):
-        if name in expert:
-            torch.sub(_finite(name, expert[name], f"expert {task!r}").float(), wide, out=row)
-    return tensor, vectors
-
-
-def _finite(name: str, tensor: Tensor, role: str) -> Tensor:
-    index = first_nonfinite(tensor)
-    if index is not None:
-        count = int((~torch.isfinite(tensor)).sum())
-        raise InputError(
-            f"{role}: {count} non-finite value(s) in {name}, first at {list(index)}.",
-            "Its training diverged or its file is damaged: leave it out or save it again.",
-        )
-    return tensor.detach().cpu()
+def open_expert(source: Source, role: str, base: State) -> State:
+    """Open an expert: what `open_base` opens, a PEFT folder, or a file of `adamerge compress`."""
+    if not isinstance(source, str | Path):
+        return source
+    path = local_path(source, role)
+    if is_adapter(path):
+        return open_adapter(path, base, role=role)
+    if is_compressed(path):
+        return open_compressed(path, base, role=role)
+    return open_checkpoint(path, role=role)
 
 
 def _encode(codec: Codec, name: str, base: Tensor, vectors: Tensor) -> Block:
@@ -219,43 +209,3 @@ def _encode(codec: Codec, name: str, base: Tensor, vectors: Tensor) -> Block:
         raise InputError(
             f"codec {codec.name!r} cannot hold {name}: {error}.", "Use codec='bf16' or 'fp32'."
         ) from error
-
-
-class _Norms:
-    """Squared norms gathered while reading: they tell foreign, unchanged and, with sums, repeated experts."""
-
-    def __init__(self, tasks: tuple[str, ...]) -> None:
-        self.tasks = tasks
-        self.base = 0.0
-        self.vectors: list[list[float]] = [[] for _ in tasks]
-        self.sums: list[list[float]] = [[] for _ in tasks]
-
-    def add(self, base: Tensor, vectors: Tensor) -> None:
-        self.base += float(base.double().square().sum())
-        for squares, sums, vector in zip(self.vectors, self.sums, vectors, strict=True):
-            squares.append(float(vector.double().square().sum()))
-            sums.append(float(vector.sum(dtype=torch.float64)))
-
-    def check(self, *, force: bool) -> None:
-        """Refuse foreign experts and all-zero vectors; warn of an unchanged or repeated expert."""
-        ratios = {
-            task: math.sqrt(sum(squares) / self.base) if self.base else 0.0
-            for task, squares in zip(self.tasks, self.vectors, strict=True)
-        }
-        foreign = {task: ratio for task, ratio in ratios.items() if ratio > 1}
-        if foreign and not force:
-            found = ", ".join(f"{task!r} {ratio:.3g}" for task, ratio in ratios.items())
-            raise InputError(
-                f"experts {sorted(foreign)} are farther from the base than the base is long; "
-                f"norm of task vector / norm of base: {found}.",
-                "They look fine-tuned from another base. To merge them: force=True (--model.force true).",
-            )
-        unchanged = [t for t, squares in zip(self.tasks, self.vectors, strict=True) if not sum(squares)]
-        if len(unchanged) == len(self.tasks):
-            raise InputError("no expert differs from the base.", "Are these the fine-tuned files?")
-        for task in unchanged:
-            warnings.warn(f"expert {task!r} equals the base.", AdamergeWarning, stacklevel=3)
-        known = zip(self.tasks, zip(self.vectors, self.sums, strict=True), strict=True)
-        for (a, first), (b, second) in combinations(known, 2):
-            if first == second and a not in unchanged:
-                warnings.warn(f"experts {a!r} and {b!r} are equal.", AdamergeWarning, stacklevel=3)

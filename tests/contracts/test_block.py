@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge.vectors import Block, Codec, DenseCodec, dense
+from adamerge.vectors import Block, Codec, DenseCodec, dense, ternary
 from adamerge.vectors.block import Merge
+from adamerge.vectors.ternary import TernaryCodec
 
 SHAPES = [(), (5,), (5, 7), (3, 2, 4), (2, 3, 2, 2)]
 
@@ -119,3 +120,27 @@ class TestFp16(DenseContract):
 def test_fp16_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(OverflowError, match="a task vector reaches 1e\\+05"):
         DenseCodec(torch.float16).encode(torch.zeros(2), torch.tensor([[1.0, 1e5]]))
+
+
+class TestTernary(BlockContract):
+    """Vectors of three values, whose scales differ by task; one is all zeros where there are several."""
+
+    @pytest.fixture(autouse=True, params=[2**20, 9], ids=["whole", "runs"])
+    def _chunk(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ternary, "_CHUNK", request.param)
+
+    @pytest.fixture
+    def vectors(self, n_tasks: int, shape: tuple[int, ...]) -> Tensor:
+        signs = torch.randint(-1, 2, (n_tasks, *shape), generator=torch.Generator().manual_seed(1))
+        scales = 0.1 * torch.arange(1, n_tasks + 1) % 0.7
+        return signs * scales.reshape(-1, *[1] * len(shape))
+
+    def codec(self) -> TernaryCodec:
+        return TernaryCodec()
+
+    def storage_error(self) -> float:
+        return 0.0
+
+    def test_it_stores_two_bits_an_entry_and_one_scale(self, block: Block, vectors: Tensor) -> None:
+        stored = block.n_bytes - block.base_tensor().nbytes - 4 * len(vectors)
+        assert vectors.numel() / 4 <= stored <= vectors.numel() / 4 + vectors.numel()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from adamerge import merge, staged_step
 from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.vectors import DenseCodec, TaskVectors
@@ -75,7 +76,7 @@ def test_its_size_is_base_plus_vectors(vectors: TaskVectors) -> None:
 
 def test_an_edit_gives_vectors_in_the_same_codec() -> None:
     half = TaskVectors.open(base(), {"cars": expert()}, "fp16")
-    doubled = half.edit(lambda stacks, by: ((n, by * s) for n, s in stacks), by=2.0)
+    doubled = half.edit(lambda _, stack: 2 * stack)
     assert_close(doubled.merge(doubled.uniform(0.5)), half.merge(half.uniform(1.0)))
     assert doubled.n_bytes == half.n_bytes
     assert len(half.stacks()) == 3
@@ -216,3 +217,28 @@ def test_files_behind_symlinks_and_unusual_names_open(tmp_path: Path) -> None:
     (folder / "cars.safetensors").symlink_to(folder / "stored")
     vectors = TaskVectors.open(folder / "base.safetensors", {"cars": str(folder / "cars.safetensors")})
     assert vectors.names == ("conv.bias", "conv.weight", "ln.weight")
+
+
+class TestTiedTensors:
+    """A tensor under two names is one parameter: merged once, trained once, given back twice."""
+
+    @pytest.fixture
+    def tied(self) -> TaskVectors:
+        embedding = torch.arange(6.0).reshape(3, 2)
+        base = {"embed": embedding, "head": embedding.clone(), "norm": torch.ones(2)}
+        experts = {t: {n: x + k for n, x in base.items()} for k, t in enumerate(("a", "b"), 1)}
+        return TaskVectors.open(base, experts)
+
+    def test_they_count_once(self, tied: TaskVectors) -> None:
+        assert tied.names == ("embed", "norm")
+        assert tied.aliases == {"head": "embed"}
+
+    def test_every_state_has_both_names(self, tied: TaskVectors) -> None:
+        for state in (tied.state(tied.uniform(0.5)), tied.base_state(), merge(tied, "average")):
+            assert sorted(state) == ["embed", "head", "norm"]
+            assert torch.equal(state["head"], state["embed"])
+
+    def test_both_names_give_to_one_gradient(self, tied: TaskVectors) -> None:
+        coefficients = tied.uniform(0.3).clone()
+        step = staged_step(tied, coefficients, [lambda w: 2 * w["embed"].sum() + 3 * w["head"].sum()])
+        assert_close(step.gradient, torch.tensor([[5.0 * 6, 0.0], [5.0 * 12, 0.0]]))

@@ -1,0 +1,199 @@
+"""Task vectors that stay in their files: every walk reads base and experts again and subtracts in fp32."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adamerge.checkpoints import Checkpoint, SpanReader
+from adamerge.errors import InputError
+from adamerge.state import State, first_nonfinite, info
+from adamerge.vectors.block import Block, PiecewiseBlock
+from adamerge.vectors.origins import Origins
+
+_CHUNK = 2**19  # entries of all tasks together: a piece should stay in a core's cache
+_ZERO = torch.zeros(())
+
+
+@runtime_checkable
+class Deltas(Protocol):
+    """An expert that knows its differences from the base exactly, as an adapter does."""
+
+    def delta(self, name: str) -> Tensor | None:
+        """Give the fp32 difference of one tensor; None where it is the base's."""
+        ...
+
+
+@dataclass(frozen=True)
+class StreamedBlock(PiecewiseBlock):
+    """One parameter, read anew in every walk.
+
+    Args:
+        name: The parameter's name.
+        origins: The base and the experts, of which one that lacks the parameter has the base's; the norms
+            go there when the parameter is first read.
+    """
+
+    name: str
+    origins: Origins
+
+    @property
+    def n_bytes(self) -> int:
+        """Nothing is kept."""
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the vectors, ``(task, *param)``."""
+        return (len(self.origins.experts), *info(self.origins.base, self.name).shape)
+
+    def base_tensor(self) -> Float[Tensor, "*param"]:
+        """Give the base tensor in its source dtype."""
+        return self.origins.base[self.name].detach().cpu()
+
+    def prefetch(self) -> None:
+        """Ask the system to read the parameter's files meanwhile."""
+        for state in (self.origins.base, *self.origins.experts.values()):
+            if isinstance(state, Checkpoint) and self.name in state:
+                SpanReader(state, self.name).prefetch()
+
+    def pieces(self) -> Iterator[tuple[slice, Float[Tensor, "task entry"]]]:
+        """Walk the flattened parameter in fp32.
+
+        Raises:
+            InputError: A value is not finite.
+        """
+        sources = (self.origins.base, *self.origins.experts.values())
+        readers = [_reader(state, self.name) for state in sources]
+        is_plain = [
+            r is not None and not isinstance(s, Deltas) for r, s in zip(readers, sources, strict=True)
+        ]
+        size = torch.Size(self.shape[1:]).numel()
+        step = max(_CHUNK // len(sources), 1)
+        buffer = torch.empty(len(sources), min(step, size))
+        is_new, norms = self.name not in self.origins.base_norms, []
+        for start in range(0, size, step):
+            span = slice(start, min(start + step, size))
+            rows = buffer[:, : span.stop - start]
+            for row, reader in zip(rows, readers, strict=True):
+                row.copy_(_ZERO if reader is None else reader[span])
+            _subtract(rows[0], rows[1:], is_plain[1:])
+            if is_new:
+                norms.append(torch.linalg.vector_norm(rows, dim=1))
+            yield span, rows[1:]
+        if is_new:
+            self._note(norms)
+
+    def to(self, device: torch.device) -> "StreamedBlock":
+        """Stay: files are read on the CPU."""
+        return self
+
+    def _note(self, pieces: list[Tensor]) -> None:
+        """Note the norms of base and vectors; a value that is not finite shows in them."""
+        norms = torch.stack(pieces).double().norm(dim=0) if pieces else torch.zeros(self.shape[0] + 1)
+        if not norms.isfinite().all():
+            self._refuse_nonfinite()  # else all are finite, but squares of some are not in fp32
+            norms = torch.full_like(norms, torch.finfo(torch.float32).max)
+        base, *vectors = norms.tolist()
+        self.origins.add(self.name, base, vectors)
+
+    def _refuse_nonfinite(self) -> None:
+        experts = {f"expert {task!r}": state for task, state in self.origins.experts.items()}
+        for role, state in {"base": self.origins.base, **experts}.items():
+            tensor = state.get(self.name, _ZERO)
+            index = first_nonfinite(tensor)
+            if index is not None:
+                count = int((~torch.isfinite(tensor)).sum())
+                raise InputError(
+                    f"{role}: {count} non-finite value(s) in {self.name}, first at {list(index)}.",
+                    "Its training diverged or its file is damaged: leave it out or save it again.",
+                )
+
+
+@dataclass(frozen=True)
+class EditedBlock(PiecewiseBlock):
+    """A block under a task-vector edit that is applied anew in every walk.
+
+    Args:
+        inner: The block that is edited.
+        edit: From fp32 vectors to vectors of the same shape.
+        entrywise: Whether the edit treats every entry on its own, so that pieces can be edited.
+    """
+
+    inner: Block
+    edit: Callable[[Tensor], Tensor]
+    entrywise: bool
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that the block keeps."""
+        return self.inner.n_bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the vectors, ``(task, *param)``."""
+        return self.inner.shape
+
+    def base_tensor(self) -> Float[Tensor, "*param"]:
+        """Give the base tensor in its source dtype."""
+        return self.inner.base_tensor()
+
+    def pieces(self) -> Iterator[tuple[slice, Float[Tensor, "task entry"]]]:
+        """Walk the edited vectors."""
+        if self.entrywise:
+            for span, piece in self.inner.pieces():
+                yield span, self.edit(piece)
+        else:
+            stack = self.edit(self.inner.dense())
+            yield slice(0, stack[0].numel()), stack.reshape(len(stack), -1)
+
+    def dense(self) -> Float[Tensor, "task *param"]:
+        """Expand and edit."""
+        return self.edit(self.inner.dense())
+
+    def to(self, device: torch.device) -> "EditedBlock":
+        """Give the block on a device."""
+        return replace(self, inner=self.inner.to(device))
+
+
+def read_ahead(blocks: Iterable[tuple[str, Block]]) -> Iterator[tuple[str, Block]]:
+    """Yield the blocks; while one is at work, the system reads the next one from disk."""
+    waiting = None
+    for name, block in blocks:
+        _prefetch(block)
+        if waiting is not None:
+            yield waiting
+        waiting = name, block
+    if waiting is not None:
+        yield waiting
+
+
+def _prefetch(block: Block) -> None:
+    if isinstance(block, EditedBlock):
+        _prefetch(block.inner)
+    elif isinstance(block, StreamedBlock):
+        block.prefetch()
+
+
+def _subtract(base: Tensor, rows: Tensor, is_plain: list[bool]) -> None:
+    """Turn the rows that hold an expert's values into differences; the others are differences already."""
+    if all(is_plain):
+        rows.sub_(base)
+        return
+    for row, plain in zip(rows, is_plain, strict=True):
+        if plain:
+            row.sub_(base)
+
+
+def _reader(state: State, name: str) -> "SpanReader | Tensor | None":
+    if isinstance(state, Deltas):
+        delta = state.delta(name)
+        return None if delta is None else delta.reshape(-1)
+    if name not in state:
+        return None
+    if isinstance(state, Checkpoint):
+        return SpanReader(state, name)
+    return state[name].detach().cpu().reshape(-1)
