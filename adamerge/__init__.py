@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from adamerge.data.module import MultiTaskData
     from adamerge.data.tasks import TaskSpec
     from adamerge.errors import InputError
-    from adamerge.models import Head, ModuleBackbone, OpenClipBackbone, zero_shot_heads
+    from adamerge.models import Head, ModuleBackbone, OpenClipBackbone, Statistics, zero_shot_heads
     from adamerge.objectives import Entropy, KLTeacher, ReliableEntropy, SharpnessAware
     from adamerge.static import edit, merge
     from adamerge.task import MergeTask
@@ -30,6 +30,7 @@ _HOME = {
     "OpenClipBackbone": "models",
     "ReliableEntropy": "objectives",
     "SharpnessAware": "objectives",
+    "Statistics": "models",
     "TaskSpec": "data.tasks",
     "TaskVectors": "vectors",
     "edit": "static",
@@ -52,6 +53,7 @@ __all__ = [
     "OpenClipBackbone",
     "ReliableEntropy",
     "SharpnessAware",
+    "Statistics",
     "TaskSpec",
     "TaskVectors",
     "edit",

@@ -4,12 +4,14 @@ from adamerge.models.base import Backbone, ModuleBackbone
 from adamerge.models.evaluate import accuracy, predict_all
 from adamerge.models.heads import Head
 from adamerge.models.open_clip import OpenClipBackbone, zero_shot_heads
+from adamerge.models.statistics import Statistics
 
 __all__ = [
     "Backbone",
     "Head",
     "ModuleBackbone",
     "OpenClipBackbone",
+    "Statistics",
     "accuracy",
     "predict_all",
     "zero_shot_heads",

@@ -1,7 +1,65 @@
 """Published static methods: one pure function each, and the registry that lists them."""
 
-from adamerge.static import average, task_arithmetic, ties
+from adamerge.static import (
+    average,
+    breadcrumbs,
+    compeft,
+    consensus,
+    dare,
+    della,
+    emr,
+    fisher,
+    iso_c,
+    iso_cts,
+    knots,
+    lines,
+    magmax,
+    model_stock,
+    opcm,
+    pcb,
+    regmean,
+    regmean_pp,
+    slerp,
+    svc,
+    task_arithmetic,
+    ties,
+    tsv,
+    wudi,
+)
 from adamerge.static.registry import EDITS, METHODS, Method
-from adamerge.static.run import edit, merge
+from adamerge.static.run import Statistic, edit, expert_tensors, merge, merged_tensors
 
-__all__ = ["EDITS", "METHODS", "Method", "average", "edit", "merge", "task_arithmetic", "ties"]
+__all__ = [
+    "EDITS",
+    "METHODS",
+    "Method",
+    "Statistic",
+    "average",
+    "breadcrumbs",
+    "compeft",
+    "consensus",
+    "dare",
+    "della",
+    "edit",
+    "emr",
+    "expert_tensors",
+    "fisher",
+    "iso_c",
+    "iso_cts",
+    "knots",
+    "lines",
+    "magmax",
+    "merge",
+    "merged_tensors",
+    "model_stock",
+    "opcm",
+    "pcb",
+    "regmean",
+    "regmean_pp",
+    "slerp",
+    "svc",
+    "task_arithmetic",
+    "ties",
+    "tsv",
+    "wudi",
+]

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from adamerge.errors import InputError
 from adamerge.static import edit, merge
-from adamerge.static.primitives import kept_count, largest_magnitude
-from adamerge.vectors import TaskVectors
+from adamerge.static.primitives.selection import kept_count, largest_magnitude
+from adamerge.vectors import Stacks, TaskVectors
 
 
 def vectors(*rows: list[float]) -> TaskVectors:
@@ -132,4 +132,4 @@ def test_the_largest_magnitudes_are_exact(stacks: object, rank: int) -> None:
     flat = torch.cat([s.reshape(2, -1) for _, s in stack], dim=1).abs()
     rank = min(rank, flat.shape[1])
     expected: Tensor = flat.sort(dim=1, descending=True).values[:, rank - 1]
-    assert torch.equal(largest_magnitude(stack, rank), expected)
+    assert torch.equal(largest_magnitude(Stacks.of(dict(stack)), rank), expected)
