@@ -1,9 +1,10 @@
 """Pictures of what was learned; matplotlib is imported only here, and only when a picture is made."""
 
 import csv
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,14 +19,32 @@ if TYPE_CHECKING:
 
 def heat_map(tasks: Sequence[str], groups: Sequence[str], values: Float[Tensor, "task group"]) -> "Figure":
     """Draw coefficients, task by group; white is 0, red pulls towards the expert, blue away."""
-    figure = _figure(width=max(4.0, 1.6 + 0.17 * len(groups)), height=1.6 + 0.32 * len(tasks))
-    axes = figure.add_subplot()
     limit = max(float(values.abs().quantile(0.98)), 1e-6)  # a few that ran away must not pale the rest
-    image = axes.imshow(values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_yticks(range(len(tasks)), list(tasks))
-    axes.set_xticks(range(len(groups)), _short(groups), rotation=90, fontsize=6)
-    axes.set_title("merging coefficient")
-    figure.colorbar(image, ax=axes, extend="both")
+    figure = _map(tasks, groups, values, "merging coefficient", cmap="RdBu_r", vmin=-limit, vmax=limit)
+    figure.colorbar(figure.axes[0].images[0], ax=figure.axes[0], extend="both")
+    return figure
+
+
+def block_map(
+    tasks: Sequence[str], blocks: Sequence[str], values: Float[Tensor, "task block"], title: str
+) -> "Figure":
+    """Draw values that are not negative, task by block; where one is NaN, nothing is drawn."""
+    figure = _map(tasks, blocks, values, title, cmap="viridis", vmin=0)
+    figure.colorbar(figure.axes[0].images[0], ax=figure.axes[0])
+    return figure
+
+
+def pair_map(
+    tasks: Sequence[str], values: Float[Tensor, "task task"], title: str, *, signed: bool = False
+) -> "Figure":
+    """Draw values between 0 and 1 (between -1 and 1 if `signed`) for all pairs of tasks, and write them."""
+    colours = {"cmap": "RdBu_r", "vmin": -1} if signed else {"cmap": "Reds", "vmin": 0}
+    figure = _map(tasks, tasks, values, title, cell=0.5, vmax=1, **colours)
+    for i, row in enumerate(values.tolist()):
+        for j, value in enumerate(row):
+            colour = "white" if abs(value) > 0.6 else "black"
+            text = "-" if math.isnan(value) else f"{value:.2f}"
+            figure.axes[0].text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     return figure
 
 
@@ -77,6 +96,27 @@ def save_picture(path: Path, draw: Callable[[], "Figure"]) -> None:
     """
     with atomic_file(path) as file:
         draw().savefig(file, format="png", dpi=120, bbox_inches="tight")
+
+
+def _map(
+    tasks: Sequence[str], groups: Sequence[str], values: Tensor, title: str, cell: float = 0.17, **image: Any
+) -> "Figure":
+    figure = _figure(width=max(4.0, 1.6 + cell * len(groups)), height=1.6 + 0.32 * len(tasks))
+    axes = figure.add_subplot()
+    axes.imshow(values.numpy(), aspect="auto", **image)
+    axes.set_yticks(range(len(tasks)), list(tasks))
+    axes.set_xticks(range(len(groups)), _short(groups), rotation=90, fontsize=6)
+    axes.set_title(title)
+    return figure
+
+
+def require_matplotlib() -> None:
+    """Check that pictures can be drawn, before long work that ends in one.
+
+    Raises:
+        EnvironmentProblem: matplotlib is not installed.
+    """
+    _figure(width=1.0, height=1.0)
 
 
 def _figure(width: float, height: float) -> "Figure":

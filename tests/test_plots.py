@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adamerge.errors import EnvironmentProblem
-from adamerge.plots import accuracy_bars, heat_map, learning_curves, save_picture
+from adamerge.plots import accuracy_bars, block_map, heat_map, learning_curves, pair_map, save_picture
 from adamerge.results import make_row
 
 pytest.importorskip("matplotlib")
@@ -74,3 +74,25 @@ def test_without_matplotlib_the_message_tells_how_to_get_it(
         save_picture(tmp_path / "heat.png", lambda: heat_map(["a"], ["b"], torch.ones(1, 1)))
     assert caught.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_are_drawn_from_zero_and_pairs_over_their_whole_range() -> None:
+    values = torch.tensor([[0.1, float("nan")], [0.3, 0.2]])
+    (image,) = block_map(["cars", "digits"], ["h.0", "h.1"], values, "norm").axes[0].images
+    assert image.get_clim() == pytest.approx((0, 0.3))
+    (image,) = pair_map(["a", "b"], torch.eye(2), "cosine", signed=True).axes[0].images
+    assert image.get_clim() == (-1, 1)
+    (image,) = pair_map(["a", "b"], torch.eye(2), "conflict").axes[0].images
+    assert image.get_clim() == (0, 1)
+
+
+def test_pairs_are_written_out() -> None:
+    axes = pair_map(["a", "b"], torch.tensor([[1.0, -0.25], [float("nan"), 1.0]]), "cosine").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1.00", "-0.25", "-", "1.00"]
+
+
+def test_pictures_of_nothing_are_drawn_without_a_complaint(tmp_path: Path) -> None:
+    nothing = torch.full((1, 2), float("nan"))
+    save_picture(tmp_path / "blocks.png", lambda: block_map(["a"], ["b", "c"], nothing, "norm"))
+    save_picture(tmp_path / "pairs.png", lambda: pair_map(["a"], nothing[:, :1], "cosine"))
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,151 @@
+"""Looks at a base and its experts as a merge would, and reports what a merge would refuse."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from adamerge.checkpoints import Adapter, require_same_configuration
+from adamerge.errors import InputError, shortlist
+from adamerge.inspection.checks import (
+    audit_problems,
+    describe_all,
+    dtype_of,
+    misfits,
+    nonfinite_of,
+    nonfinite_problems,
+    one_line,
+    text_of,
+)
+from adamerge.inspection.report import Kept, ModelFacts, Report
+from adamerge.inspection.walk import Walk, comparable
+from adamerge.names import require_file_names
+from adamerge.state import State, info, is_mergeable, matches
+from adamerge.vectors import TaskVectors
+from adamerge.vectors.store import Source, open_base, open_expert
+
+_BATCH_NORM = ("running_mean", "running_var")
+
+
+def inspect(
+    base: Source,
+    experts: Mapping[str, Source],
+    *,
+    allow_missing: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rank: bool = True,
+) -> Report:
+    """Look at a base and its experts; one parameter is in memory at a time.
+
+    Args:
+        base: Checkpoint path, hub id, or a state in memory.
+        experts: Task name to checkpoint path, PEFT LoRA folder, hub id or state.
+        allow_missing: Patterns of tensor names that experts may lack.
+        exclude: Patterns of tensor names that stay the base's.
+        rank: Whether to measure the ranks of all matrices, which costs far more than everything else.
+
+    Raises:
+        InputError: The base cannot be read, or a task name cannot be a file name.
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
+    """
+    require_file_names(experts)
+    ours = open_base(base)
+    states, problems = _open_all(experts, ours)
+    patterns = {"allow_missing": allow_missing, "exclude": exclude}
+    problems += [*_configuration_problems(base, experts), *audit_problems(ours, states, **patterns)]
+    rows = [r for role, s in {"base": ours, **states}.items() for r in misfits(role, ours, s, **patterns)]
+    walk = Walk.of(comparable(ours, states, rows, exclude), rank=rank)
+    vectors, ratios = walk.vectors, walk.vectors.origins.ratios()
+    return Report(
+        tasks=vectors.tasks,
+        problems=(*problems, *nonfinite_problems(walk.nonfinite), *_origin_problems(walk)),
+        notes=tuple(_notes(walk)),
+        base=_facts(base, ours),
+        experts={task: _facts(experts[task], state) for task, state in states.items()},
+        misfits=tuple(rows),
+        nonfinite=tuple(walk.nonfinite),
+        partial=_partial(vectors),
+        kept=_kept(vectors, exclude),
+        tied=dict(vectors.aliases),
+        same_base={task: ratios[task] <= 1 for task in walk.compared},
+        zero=walk.zero,
+        repeated=walk.repeated,
+        vectors=walk.geometry,
+    )
+
+
+def _open_all(experts: Mapping[str, Source], base: State) -> tuple[dict[str, State], list[str]]:
+    """Open what can be opened, and say why the others cannot."""
+    states: dict[str, State] = {}
+    problems: list[str] = []
+    for task, source in experts.items():
+        try:
+            states[task] = open_expert(source, f"expert {task!r}", base)
+        except InputError as error:
+            problems.append(one_line(error))
+    if not states:
+        raise InputError("\n".join(problems) or "no experts were given.", "Nothing is left to inspect.")
+    return states, problems
+
+
+def _configuration_problems(base: Source, experts: Mapping[str, Source]) -> Iterator[str]:
+    """Say where the configuration beside an expert's weights differs from the base's."""
+    for task, expert in experts.items():
+        if isinstance(base, str | Path) and isinstance(expert, str | Path):
+            try:
+                require_same_configuration(Path(base), {task: Path(expert)})
+            except InputError as error:
+                yield one_line(error)
+
+
+def _origin_problems(walk: Walk) -> list[str]:
+    """Say what a merge says of experts of another base, and of experts that all equal the base."""
+    if not walk.compared or len(walk.zero) == len(walk.compared) < len(walk.vectors.tasks):
+        return []  # what was not compared may differ
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of stands in the report
+        try:
+            walk.vectors.origins.check()
+        except InputError as error:
+            return [one_line(error)]
+    return []
+
+
+def _notes(walk: Walk) -> Iterator[str]:
+    vectors = walk.vectors
+    yield from (f"expert {task!r} equals the base." for task in walk.zero)
+    yield from (f"experts {a!r} and {b!r} are equal." for a, b in walk.repeated)
+    statistics = [name for name in vectors.blocks if name.endswith(_BATCH_NORM)]
+    if statistics:
+        yield f"statistics of batch norms are merged like weights: {shortlist(statistics)}."
+    rest = [row for name in vectors.rest for row in nonfinite_of(name, {"base": vectors.origins.base})]
+    yield from (f"{problem} No merge changes them." for problem in nonfinite_problems(rest))
+
+
+def _facts(source: Source, state: State) -> ModelFacts:
+    infos = describe_all(state)
+    ranks = [state.rank(name) for name in state.changed] if isinstance(state, Adapter) else []
+    return ModelFacts(
+        source=str(source) if isinstance(source, str | Path) else "memory",
+        tensors=len(infos),
+        parameters=sum(math.prod(found.shape) for found in infos.values() if found),
+        dtypes=dict(Counter(dtype_of(found) for found in infos.values())),
+        lora_ranks=dict(Counter(str(rank) for rank in ranks if rank)),
+    )
+
+
+def _partial(vectors: TaskVectors) -> dict[str, tuple[str, ...]]:
+    """Give the merged tensors that only some experts have, and those experts."""
+    experts = vectors.origins.experts
+    holders = {name: tuple(t for t, state in experts.items() if name in state) for name in vectors.blocks}
+    return {name: some for name, some in holders.items() if len(some) < len(experts)}
+
+
+def _kept(vectors: TaskVectors, exclude: Sequence[str]) -> tuple[Kept, ...]:
+    rows = []
+    for name in vectors.rest:
+        found = info(vectors.origins.base, name)
+        reason = "excluded" if matches(name, exclude) else "no expert"
+        rows.append(Kept(name, text_of(found), reason if is_mergeable(found.dtype) else "integer"))
+    return tuple(rows)
