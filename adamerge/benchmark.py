@@ -16,12 +16,13 @@ from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
 from adamerge.fitting import locate, open_vectors, run, weight_digests
-from adamerge.models import Head, OpenClipBackbone, accuracy, predict_all, zero_shot_heads
+from adamerge.models import Head, OpenClipBackbone, Statistics, accuracy, predict_all, zero_shot_heads
 from adamerge.plots import accuracy_bars, save_picture
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
 from adamerge.state import State
-from adamerge.static import METHODS, merge
+from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
+from adamerge.static.registry import LOCAL_NEEDS
 from adamerge.vectors import TaskVectors
 
 _BOUNDS = ("zero_shot", "individual")
@@ -123,8 +124,31 @@ class Benchmark:
         if method == "individual":
             hot = {task: self._vectors.one_hot(task) for task in self._vectors.tasks}
             return {t: self._accuracy(self._vectors.state(hot[t]), t) for t in self.data.tested_tasks}
-        state = self._vectors.base_state() if method == "zero_shot" else merge(self._vectors, method)
-        return {task: self._accuracy(state, task) for task in self.data.tested_tasks}
+        if method in METHODS or method == "zero_shot":
+            state = self._merged(method)
+            return {task: self._accuracy(state, task) for task in self.data.tested_tasks}
+        edited = edit(self._vectors, method)
+        return {t: self._accuracy(dict(expert_tensors(edited, t)), t) for t in self.data.tested_tasks}
+
+    def _merged(self, method: str) -> State:
+        if method == "zero_shot":
+            return self._vectors.base_state()
+        needs_data = set(METHODS[method].needs) - set(LOCAL_NEEDS)
+        return merge(self._vectors, method, **({"statistics": self._statistics} if needs_data else {}))
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        """Statistics of the experts on the unlabelled adaptation images."""
+        vectors, base = self._vectors, self._digests["base"]
+        images = "/".join(self.data.fingerprint().values())
+        return Statistics(
+            self._backbone,
+            self._heads,
+            {task: self.data.adaptation(task).images for task in vectors.tasks},
+            lambda task: vectors.state(vectors.one_hot(task)),
+            cache=self.out / "statistics",
+            keys={task: f"{base}/{self._digests[task]}/{images}" for task in vectors.tasks},
+        )
 
     def _accuracy(self, state: State, task: str) -> float:
         weights = {name: state[name].float() for name in self._backbone.names}
@@ -154,7 +178,12 @@ class Benchmark:
 
 
 def _is_static(method: str) -> bool:
-    return method in _BOUNDS or method in METHODS
+    return method in (*_BOUNDS, *METHODS, *oracles())
+
+
+def oracles() -> list[str]:
+    """Name the edits that give one model per task."""
+    return [name for name, row in EDITS.items() if row.oracle]
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -17,10 +17,16 @@ _COMMANDS = {
     "validate": "label-free measures on held-out adaptation images (--ckpt_path last)",
     "test": "accuracy on labelled test images (--ckpt_path last)",
     "predict": "class and probability of each image (--ckpt_path last)",
+    "merge": "merge checkpoints by a static method: adamerge merge METHOD --base B --experts name=path ...",
+    "inspect": "look at base and experts before merging: --base B --experts name=path ...",
+    "compress": "store an expert as a ternary task vector: --base B --expert PATH --out FILE",
+    "decompress": "give the checkpoint of a compressed expert: --base B --file FILE --out DIR",
+    "bench": "a table of methods on one benchmark: adamerge bench run embedded",
     "demo": "merge the shipped experts by every method; writes runs/demo/",
     "verify": "re-hash a finished run: adamerge verify RUN",
     "reproduce": "run a finished run again and compare: adamerge reproduce RUN",
 }
+_MODULES = {"demo": "runs", "verify": "runs", "reproduce": "runs", "decompress": "compress"}
 _USAGE = "usage: adamerge [--help] [--version] COMMAND ..."
 _KNOWN: dict[str, AdamergeError] = {
     "OutOfMemoryError": EnvironmentProblem(
@@ -87,19 +93,16 @@ def _dispatch(given: list[str]) -> int:
 
 def _run_function(name: str, rest: list[str]) -> int:
     """Run a plain function of `adamerge.commands`, whose signature is its command line."""
-    from jsonargparse import ArgumentParser
+    from importlib import import_module
 
-    from adamerge import commands
-    from adamerge.explain import explain
+    from adamerge.arguments import parse
 
-    function: Callable[..., int] = getattr(commands, name)
-    parser = ArgumentParser(prog=f"adamerge {name}", description=function.__doc__, exit_on_error=False)
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    try:
-        options = parser.parse_args(rest)
-    except Exception as error:
-        raise InputError(*explain(str(error), parser.get_defaults().keys(), ())) from error
-    return function(**options.as_dict())
+    module = import_module(f"adamerge.commands.{_MODULES.get(name, name)}")
+    if name == "merge":
+        return module.run(rest)
+    function: Callable[..., int] = getattr(module, name)
+    positional = True if name == "bench" else None
+    return function(**parse(f"adamerge {name}", [function], rest, positional=positional))
 
 
 def _print_help() -> None:

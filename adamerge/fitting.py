@@ -19,14 +19,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
-from adamerge import callbacks, provenance, zoo
+from adamerge import callbacks, provenance
 from adamerge.atomic import write_text
-from adamerge.checkpoints import open_checkpoint
-from adamerge.checkpoints.hub import local_path
+from adamerge.checkpoints import locate, open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import MultiTaskData
-from adamerge.data.tasks import EMBEDDED, TaskSpec
-from adamerge.errors import AdamergeError, InputError, nearest
+from adamerge.data.tasks import TaskSpec
+from adamerge.errors import AdamergeError, InputError
 from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.models import OpenClipBackbone, zero_shot_heads
 from adamerge.models.open_clip import require_same_configuration
@@ -100,26 +99,11 @@ def open_vectors(
     return vectors, backbone
 
 
-def weight_digests(base: str, experts: Mapping[str, str]) -> dict[str, str]:
+def weight_digests(base: str, experts: Mapping[str, str], *, fresh: bool = False) -> dict[str, str]:
     """Hash the files of a base and its experts (SHA-256), as `TaskVectors.open` does."""
     paths = {"base": base, **experts}
-    return {name: open_checkpoint(locate(path), role=name).file_digest() for name, path in paths.items()}
-
-
-def locate(path: str) -> Path:
-    """Give the local path that a configuration names: a path, a hub id, or ``embedded:NAME``.
-
-    Raises:
-        InputError: No such embedded model.
-        EnvironmentProblem: A hub id was given and the hub cannot be reached.
-    """
-    if not path.startswith(EMBEDDED):
-        return local_path(path, path)
-    shipped = {"base": zoo.base()} | zoo.experts()
-    name = path.removeprefix(EMBEDDED)
-    if name not in shipped:
-        raise InputError(f"embedded model {name!r} is unknown.", nearest(name, shipped))
-    return shipped[name]
+    opened = {name: open_checkpoint(locate(path), role=name) for name, path in paths.items()}
+    return {name: checkpoint.file_digest(fresh=fresh) for name, checkpoint in opened.items()}
 
 
 _NOISE = (

@@ -11,8 +11,9 @@ from builders import write_benchmark
 from conftest import TASKS
 
 from adamerge import benchmark as benchmark_module
-from adamerge import commands, merge, open_checkpoint
+from adamerge import merge, open_checkpoint
 from adamerge.benchmark import Benchmark, configs
+from adamerge.commands import runs
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.fitting import locate, run
 
@@ -85,7 +86,7 @@ def test_the_demo_leaves_other_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="is not empty and holds no demo"):
-            commands.demo(str(tmp_path), overwrite=overwrite)
+            runs.demo(str(tmp_path), overwrite=overwrite)
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -108,7 +109,7 @@ def test_embedded_models_are_found_by_name() -> None:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.warns(AdamergeWarning, match="it ran away"):  # teacher KL lets a norm's weight go far
-        assert commands.demo(str(out)) == 0
+        assert runs.demo(str(out)) == 0
     return out
 
 
@@ -116,7 +117,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_demo_shows_what_the_readme_claims(demo: Path) -> None:
     table = json.loads((demo / "results.json").read_text())
     mean = {row["method"]: row["mean"] for row in table["rows"]}
-    assert tuple(mean) == commands.DEMO_METHODS
+    assert tuple(mean) == runs.DEMO_METHODS
     static = max(mean[name] for name in ("average", "task_arithmetic", "ties"))
     adaptive = [value for name, value in mean.items() if name.startswith("adamerging")]
     assert mean["individual"] >= 88
@@ -132,7 +133,7 @@ def test_the_demo_shows_what_the_readme_claims(demo: Path) -> None:
 def test_the_demo_leaves_pictures_curves_a_merged_model_and_an_offline_run(demo: Path) -> None:
     for name in ("accuracy.png", "coefficients.png", "curves.png"):
         assert (demo / name).read_bytes().startswith(b"\x89PNG")
-    assert (demo / "results.md").read_text().count("\n") == 2 + len(commands.DEMO_METHODS)
+    assert (demo / "results.md").read_text().count("\n") == 2 + len(runs.DEMO_METHODS)
     model = open_clip.create_model(f"local-dir:{demo / 'merged'}")
     assert torch.isfinite(model.encode_image(torch.zeros(1, 3, 28, 28))).all()
     assert (demo / "merged" / "README.md").read_text().startswith("---\ntags:\n- merge")
@@ -144,10 +145,10 @@ def test_the_demo_leaves_pictures_curves_a_merged_model_and_an_offline_run(demo:
 def test_a_finished_demo_is_not_computed_again(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (demo / "results.json").read_bytes()
     monkeypatch.setattr(benchmark_module, "run", lambda _: pytest.fail("computed again"))
-    assert commands.demo(str(demo)) == 0
+    assert runs.demo(str(demo)) == 0
     assert (demo / "results.json").read_bytes() == before
 
 
 def test_the_configurations_travel_with_the_package() -> None:
     assert (configs() / "benchmarks" / "embedded.yaml").exists()
-    assert {path.stem for path in (configs() / "methods").glob("*.yaml")} >= set(commands.DEMO_METHODS[5:])
+    assert {path.stem for path in (configs() / "methods").glob("*.yaml")} >= set(runs.DEMO_METHODS[5:])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adamerge.checkpoints import open_checkpoint
 from adamerge.cli import main
-from adamerge.commands import reproduce, verify
+from adamerge.commands.runs import reproduce, verify
 from adamerge.errors import AdamergeWarning, InputError, NumericError
 
 

@@ -1,4 +1,4 @@
-"""Plain functions behind `adamerge COMMAND`: a signature is a command line, an integer an exit code."""
+"""`adamerge demo | verify | reproduce`: whole runs."""
 
 import contextlib
 import shutil
@@ -123,7 +123,7 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
     images = MultiTaskData(tasks)
     images.preprocess = OpenClipBackbone(locate(model["base"])).preprocess
-    weights = weight_digests(model["base"], model["experts"])
+    weights = weight_digests(model["base"], model["experts"], fresh=True)
     found = {"weights": weights, "data": images.fingerprint()}
     return [
         f"{kind} {name}"

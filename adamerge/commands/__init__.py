@@ -1,0 +1,1 @@
+"""Plain functions behind `adamerge COMMAND`: a signature is a command line, an integer an exit code."""

@@ -1,0 +1,151 @@
+"""`adamerge merge METHOD`: static merges of checkpoints of any size, from files to files."""
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adamerge import provenance
+from adamerge.arguments import parse
+from adamerge.atomic import refuse_existing
+from adamerge.checkpoints import save_stream
+from adamerge.commands.sources import Sources
+from adamerge.errors import InputError, nearest
+from adamerge.progress import console
+from adamerge.static import EDITS, METHODS, Method, expert_tensors, merged_tensors
+from adamerge.static import edit as edit_vectors
+from adamerge.vectors import TaskVectors
+
+OutputDtype = Literal["float64", "float32", "bfloat16", "float16"]
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+def run(given: Sequence[str]) -> int:
+    """Parse ``METHOD --option value ...`` and merge.
+
+    Raises:
+        InputError: There is no such method, or an argument is wrong.
+    """
+    if not given or given[0] in ("-h", "--help"):
+        _print_methods()
+        return 0 if given else 2
+    row = _row(given[0])
+    vectors = next(iter(inspect.signature(row.function).parameters))
+    hidden = ["method", "options", vectors, *row.needs]
+    hidden += [] if "merged" in row.needs else ["of", "of_options"]
+    hidden += [] if row.oracle else ["task"]
+    functions = [row.function, merge]
+    values = parse(f"adamerge merge {row.name}", functions, given[1:], skip=hidden, positional=False)
+    options = {option: values.pop(option) for option in row.options}
+    return merge(row.name, options, **values)
+
+
+def merge(
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    base: str,
+    experts: list[str],
+    out: str,
+    dtype: OutputDtype | None = None,
+    edit: str | None = None,
+    edit_options: dict[str, Any] | None = None,
+    of: str = "task_arithmetic",
+    of_options: dict[str, Any] | None = None,
+    task: str | None = None,
+    allow_missing: list[str] | None = None,
+    exclude: list[str] | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Merge checkpoints by a static method; peak memory is a few tensors.
+
+    Args:
+        method: Name of the method.
+        options: Its options.
+        base: The base: a folder in Hugging Face or open_clip layout, a safetensors file, or a hub id.
+        experts: NAME=PATH of each expert, in the base's layout or as a PEFT LoRA folder.
+        out: The file (where the base is a file) or folder to write, in the base's own layout.
+        dtype: Dtype of the written floating-point tensors; default: the base's, tensor by tensor.
+        edit: A task-vector edit to apply first, such as ties_trim or dare_drop.
+        edit_options: The edit's options.
+        of: The method whose result is corrected, for methods that correct one (lines, svc).
+        of_options: That method's options.
+        task: The task whose model is written, for methods that give one model per task (emr).
+        allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
+        exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
+        force: Accept experts that look as if they came from another base.
+        overwrite: Replace the output if it exists.
+    """
+    began, target, row = time.monotonic(), Path(out), _row(method)
+    refuse_existing(target, overwrite=overwrite)
+    sources = Sources.find(base, experts)
+    vectors = sources.open(allow_missing or (), exclude or (), force=force)
+    asked = None if dtype is None else getattr(torch, dtype)
+    recipe: dict[str, Any] = {"method": method, "options": dict(options), "dtype": dtype}
+    if edit is not None:
+        recipe["edit"] = {edit: edit_options or {}}
+        vectors = edit_vectors(vectors, edit, **(edit_options or {}))
+    if row.oracle:
+        recipe["task"] = task
+        tensors = _of_one_task(vectors, row, options, task, asked)
+    else:
+        corrected = {"of": of, "of_options": of_options or {}} if "merged" in row.needs else {}
+        recipe |= corrected
+        tensors = merged_tensors(vectors, method, dtype=asked, **corrected, **options)
+    with ThreadPoolExecutor(1) as hashing:
+        digests = hashing.submit(vectors.origins.digests)
+        save_stream(
+            _checked(tensors, vectors),
+            target,
+            like=sources.base,
+            dtype=asked,
+            overwrite=overwrite,
+            card=lambda: provenance.model_card(sources.given, digests.result(), recipe),
+            metadata={"adamerge": json.dumps(recipe)},
+        )
+    console.print(f"{method} of {len(vectors.tasks)} experts: {target} ({time.monotonic() - began:.1f} s)")
+    return 0
+
+
+def _row(method: str) -> Method:
+    rows = _rows()
+    if method not in rows:
+        raise InputError(f"method {method!r} is unknown.", nearest(method, rows))
+    return rows[method]
+
+
+def _rows() -> dict[str, Method]:
+    """Give what can be merged by: methods, and edits that make one model per task."""
+    return METHODS | {name: row for name, row in EDITS.items() if row.oracle}
+
+
+def _of_one_task(
+    vectors: TaskVectors, row: Method, options: Mapping[str, Any], task: str | None, dtype: torch.dtype | None
+) -> Tensors:
+    if task is None:
+        known = ", ".join(vectors.tasks)
+        raise InputError(f"{row.name} makes one model per task.", f"Pass --task NAME, one of: {known}.")
+    return expert_tensors(edit_vectors(vectors, row.name, **options), task, dtype=dtype)
+
+
+def _checked(tensors: Iterable[tuple[str, Tensor]], vectors: TaskVectors) -> Tensors:
+    """Pass the tensors on; once all were read, refuse experts of another base before anything is visible."""
+    yield from tensors
+    vectors.origins.check()
+
+
+def _print_methods() -> None:
+    rows = _rows()
+    width = max(map(len, rows))
+    lines = [f"  {name:<{width}}  {row.title} ({row.source})" for name, row in sorted(rows.items())]
+    usage = "usage: adamerge merge METHOD --base B --experts NAME=PATH ... --out DIR [--option VALUE ...]"
+    tail = "adamerge merge METHOD --help tells a method's options."
+    sys.stdout.write("\n".join([usage, "", *lines, "", tail, ""]))

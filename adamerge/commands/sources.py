@@ -1,0 +1,73 @@
+"""The base and experts that a command line names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adamerge.checkpoints import locate, require_same_configuration
+from adamerge.errors import InputError
+from adamerge.vectors import TaskVectors
+
+
+def parse_experts(items: Sequence[str]) -> dict[str, str]:
+    """Read ``name=path`` items.
+
+    Raises:
+        InputError: An item has another form, or a name stands twice or cannot name a file.
+    """
+    experts: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"expert {item!r} has no name or no path.", "Write --experts NAME=PATH")
+        if name in experts:
+            raise InputError(f"two experts are called {name!r}: {experts[name]} and {path}.", "Rename one.")
+        if name == "base" or not name.isprintable() or set(name) & set('/\\:*?"<>|') or name.startswith("."):
+            raise InputError(f"{name!r} cannot name an expert.", "Use letters, digits, - and _.")
+        experts[name] = path
+    if not experts:
+        raise InputError("no experts were given.", "Write --experts NAME=PATH --experts NAME=PATH ...")
+    return experts
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A base and experts, found on disk.
+
+    Attributes:
+        given: What the command line said, by role ("base", then each expert's name).
+        paths: The local files or folders, by role.
+    """
+
+    given: dict[str, str]
+    paths: dict[str, Path]
+
+    @classmethod
+    def find(cls, base: str, experts: Sequence[str]) -> "Sources":
+        """Find what was named, and compare the configurations that lie beside the weights.
+
+        Raises:
+            InputError: A name or path is wrong, or configurations differ.
+            EnvironmentProblem: A hub id was given and the hub cannot be reached.
+        """
+        given = {"base": base, **parse_experts(experts)}
+        paths = {role: locate(path) for role, path in given.items()}
+        found = cls(given, paths)
+        require_same_configuration(found.base, found.experts)
+        return found
+
+    @property
+    def base(self) -> Path:
+        """Path of the base."""
+        return self.paths["base"]
+
+    @property
+    def experts(self) -> dict[str, Path]:
+        """Paths of the experts."""
+        return {role: path for role, path in self.paths.items() if role != "base"}
+
+    def open(self, allow_missing: Sequence[str], exclude: Sequence[str], *, force: bool) -> TaskVectors:
+        """Give the vectors, which stay in their files."""
+        return TaskVectors.open(
+            self.base, self.experts, "stream", allow_missing=allow_missing, exclude=exclude, force=force
+        )
