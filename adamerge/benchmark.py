@@ -22,7 +22,6 @@ from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
 from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
-from adamerge.static.registry import LOCAL_NEEDS
 from adamerge.vectors import TaskVectors
 
 _BOUNDS = ("zero_shot", "individual")
@@ -133,8 +132,8 @@ class Benchmark:
     def _merged(self, method: str) -> State:
         if method == "zero_shot":
             return self._vectors.base_state()
-        needs_data = set(METHODS[method].needs) - set(LOCAL_NEEDS)
-        return merge(self._vectors, method, **({"statistics": self._statistics} if needs_data else {}))
+        more = {"statistics": self._statistics} if METHODS[method].statistics else {}
+        return merge(self._vectors, method, **more)
 
     @cached_property
     def _statistics(self) -> Statistics:

@@ -72,19 +72,20 @@ def text(row: dict[str, float]) -> str:
 def compare(method: str, args: argparse.Namespace) -> dict[str, float]:
     """Run merge and floor by turns."""
     cache = Path(tempfile.mkdtemp())
-    runs: dict[str, list[dict[str, float]]] = {"merge": [child("merge", method, args, cache)], "floor": []}
+    first = child("merge", method, args, cache)
+    runs: dict[str, list[dict[str, float]]] = {"merge": [], "floor": []}
     for _ in range(args.repeats):
         for kind, found in runs.items():
             found.append(child(kind, method, args, cache))
     shutil.rmtree(cache)
-    first, *merges = runs["merge"]
+    merges = runs["merge"]
     merge_s, floor_s = (median(run["seconds"] for run in found) for found in (merges, runs["floor"]))
     return {
         "merge_s": merge_s,
         "first_s": first["seconds"],
         "floor_s": floor_s,
         "ratio": merge_s / floor_s,
-        "peak_rss_mib": max(run["peak_rss_mib"] for run in merges),
+        "peak_rss_mib": max(run["peak_rss_mib"] for run in [first, *merges]),
         "imports_rss_mib": median(run["imports_rss_mib"] for run in merges),
     }
 

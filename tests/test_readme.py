@@ -2,15 +2,20 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 from builders import REPOSITORY
 from conftest import draw
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 from adamerge.cli import main
+from adamerge.static import METHODS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -53,6 +58,32 @@ def test_the_one_yaml(home: Path) -> None:
     assert main(["fit", "--config", "mine.yaml", "--trainer.max_steps", "2"]) == 0
     assert main(["verify", "runs/mine"]) == 0
     assert (home / "runs/mine/merged/open_clip_model.safetensors").exists()
+
+
+@pytest.fixture
+def median(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Register the README's own method, and take it back."""
+    found = re.search(r"```python\n([^`]*@static_method.*?)```", README, re.S)
+    assert found
+    assert len([line for line in found[1].splitlines() if line.strip()]) <= 15
+    (tmp_path / "median_of_experts.py").write_text(found[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module("median_of_experts")
+    yield
+    del METHODS["median"]
+
+
+@pytest.mark.usefixtures("median")
+def test_the_method_of_fifteen_lines_is_a_command_and_can_be_corrected(home: Path) -> None:
+    given = ["--base", "models/base", "--experts", "cars=models/cars", "pets=models/pets", "--scale", "0.5"]
+    assert main(["merge", "median", *given, "--out", "merged"]) == 0
+    base, cars, pets = (
+        load_file(f"models/{m}/open_clip_model.safetensors") for m in ("base", "cars", "pets")
+    )
+    lower = torch.minimum(cars["visual.proj"], pets["visual.proj"])  # of two, torch's median is the lower
+    expected = base["visual.proj"] + 0.5 * (lower - base["visual.proj"])
+    assert_close(load_file("merged/open_clip_model.safetensors")["visual.proj"], expected)
+    assert main(["merge", "lines", *given[:-2], "--of", "median", "--out", "corrected"]) == 0
 
 
 def test_every_file_that_it_names_exists() -> None:

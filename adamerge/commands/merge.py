@@ -18,6 +18,7 @@ from adamerge.atomic import refuse_existing
 from adamerge.checkpoints import save_stream
 from adamerge.commands.sources import Sources
 from adamerge.errors import InputError, nearest
+from adamerge.models.fisher import FisherMode
 from adamerge.progress import console
 from adamerge.static import EDITS, METHODS, Method, expert_tensors, merged_tensors
 from adamerge.static import edit as edit_vectors
@@ -41,6 +42,7 @@ def run(given: Sequence[str]) -> int:
     hidden = ["method", "options", vectors, *row.needs]
     hidden += [] if "merged" in row.needs else ["of", "of_options"]
     hidden += [] if row.oracle else ["task"]
+    hidden += [] if row.statistics else ["data", "samples", "fisher_mode"]
     functions = [row.function, merge]
     values = parse(f"adamerge merge {row.name}", functions, given[1:], skip=hidden, positional=False)
     options = {option: values.pop(option) for option in row.options}
@@ -60,6 +62,9 @@ def merge(
     of: str = "task_arithmetic",
     of_options: dict[str, Any] | None = None,
     task: str | None = None,
+    data: str | None = None,
+    samples: int = 256,
+    fisher_mode: FisherMode = "sampled_label",
     allow_missing: list[str] | None = None,
     exclude: list[str] | None = None,
     force: bool = False,
@@ -79,6 +84,9 @@ def merge(
         of: The method whose result is corrected, for methods that correct one (lines, svc).
         of_options: That method's options.
         task: The task whose model is written, for methods that give one model per task (emr).
+        data: A benchmark's YAML file whose unlabelled images the method measures the experts on.
+        samples: Images per task.
+        fisher_mode: How Fisher diagonals are estimated.
         allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
         exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
         force: Accept experts that look as if they came from another base.
@@ -97,9 +105,19 @@ def merge(
         recipe["task"] = task
         tensors = _of_one_task(vectors, row, options, task, asked)
     else:
-        corrected = {"of": of, "of_options": of_options or {}} if "merged" in row.needs else {}
-        recipe |= corrected
-        tensors = merged_tensors(vectors, method, dtype=asked, **corrected, **options)
+        more: dict[str, Any] = {}
+        if "merged" in row.needs:
+            more = {"of": of, "of_options": of_options or {}}
+            recipe |= more
+        if row.statistics and data is not None:
+            from adamerge.commands.data import open_statistics  # brings the data module, and its trainer
+
+            recipe |= {"data": data, "samples": samples, "fisher_mode": fisher_mode}
+            beside = target.with_name(f"{target.name}.statistics")
+            more["statistics"] = open_statistics(
+                vectors, sources, data, samples=samples, fisher_mode=fisher_mode, cache=beside
+            )
+        tensors = merged_tensors(vectors, method, dtype=asked, **more, **options)
     with ThreadPoolExecutor(1) as hashing:
         digests = hashing.submit(vectors.origins.digests)
         save_stream(

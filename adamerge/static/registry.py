@@ -50,6 +50,11 @@ class Method:
         return (self.grain if self.scope == "model" else self.scope) == "entry"
 
     @property
+    def statistics(self) -> tuple[str, ...]:
+        """The needs that come from data."""
+        return tuple(need for need in self.needs if need not in LOCAL_NEEDS)
+
+    @property
     def options(self) -> dict[str, inspect.Parameter]:
         """The method's options."""
         parameters = inspect.signature(self.function).parameters
