@@ -13,7 +13,6 @@ whole process, libraries included. The exit code is 1 where a merge went beyond 
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -40,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="8x100m")
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0: the first run alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "adamerge-bench")
     parser.add_argument("--memory-limit", type=float, default=4096, help="MiB")
@@ -77,9 +76,9 @@ def compare(method: str, args: argparse.Namespace) -> dict[str, float]:
     for _ in range(args.repeats):
         for kind, found in runs.items():
             found.append(child(kind, method, args, cache))
+    merges, floors = runs["merge"] or [first], runs["floor"] or [child("floor", method, args, cache)]
+    merge_s, floor_s = (median(run["seconds"] for run in found) for found in (merges, floors))
     shutil.rmtree(cache)
-    merges = runs["merge"]
-    merge_s, floor_s = (median(run["seconds"] for run in found) for found in (merges, runs["floor"]))
     return {
         "merge_s": merge_s,
         "first_s": first["seconds"],
@@ -132,8 +131,9 @@ def floor(folder: Path) -> None:
 
 
 def peak_mib() -> float:
-    """Give the largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Give the largest resident size of this process so far (Linux; getrusage would count the parent's)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------
