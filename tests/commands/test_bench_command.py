@@ -1,0 +1,62 @@
+"""`adamerge bench run`, and static merges that measure the experts on images."""
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import write_benchmark
+from conftest import TASKS
+from safetensors.torch import load_file
+
+import adamerge
+from adamerge.cli import main
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path, clip: Path, rows: dict[str, dict[str, object]]) -> Path:
+    return write_benchmark(tmp_path, clip, rows)
+
+
+def test_one_table_of_bounds_methods_and_oracles(benchmark: Path, tmp_path: Path) -> None:
+    names = "zero_shot,individual,average,lines,fisher,regmean,regmean_pp,emr"
+    out = tmp_path / "table"
+    assert main(["bench", "run", str(benchmark), "--methods", names, "--out", str(out)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == names.split(",")
+    assert all(set(row["accuracy"]) == set(TASKS) for row in rows)
+    assert (out / "accuracy.png").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "methods").rglob("result.json")}
+    assert main(["bench", "run", str(benchmark), "--methods", "average", "regmean", "--out", str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["walk", "embedded"], "there is no action 'walk'"),
+        (["run", "embeded"], "Did you mean 'embedded'?"),
+        (["run", "embedded", "--methods", "averag"], "Did you mean 'average'?"),
+    ],
+)
+def test_wrong_names(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *given, "--out", str(tmp_path / "table")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_merge_measures_on_a_benchmarks_images(
+    benchmark: Path, clip: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = [f"--experts={task}={clip / 'experts' / task}.safetensors" for task in TASKS]
+    given = ["merge", method, "--base", str(clip / "base"), *experts, "--out", str(tmp_path / "out")]
+    assert main(given) == 2
+    assert "--data BENCHMARK.yaml" in capsys.readouterr().err
+    assert main([*given, "--data", str(tmp_path / "nowhere.yaml")]) == 2
+    assert main([*given, "--data", str(benchmark), "--samples", "5"]) == 0
+    merged = load_file(tmp_path / "out" / "open_clip_model.safetensors")["visual.proj"]
+    paths = {task: clip / "experts" / f"{task}.safetensors" for task in TASKS}
+    average = adamerge.merge(adamerge.TaskVectors.open(clip / "base", paths), "average")["visual.proj"]
+    assert 0 < (merged - average).norm() < 0.5 * average.norm()
+    assert list((tmp_path / "out.statistics").iterdir())
