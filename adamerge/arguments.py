@@ -3,7 +3,7 @@
 import inspect
 import json
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from adamerge.errors import InputError
@@ -17,7 +17,7 @@ def parse(
     functions: Sequence[Function],
     given: Sequence[str],
     *,
-    skip: Collection[str] = (),
+    skip: Mapping[Function, Collection[str]] | None = None,
     positional: bool | None = None,
 ) -> dict[str, Any]:
     """Parse a command line whose arguments are those of one or several functions.
@@ -29,7 +29,7 @@ def parse(
         program: What the usage line begins with.
         functions: Their signatures and docstrings make the options and the help.
         given: The command line.
-        skip: Parameters that are not the user's.
+        skip: By function, the parameters that are not the user's.
         positional: Whether what has no default is positional; default: for functions of one such
             parameter.
 
@@ -45,7 +45,7 @@ def parse(
         name: parameter
         for function in functions
         for name, parameter in inspect.signature(function).parameters.items()
-        if name not in skip
+        if name not in (skip or {}).get(function, ())
     }
     if positional is None:
         positional = sum(p.default is p.empty for p in parameters.values()) == 1
@@ -53,7 +53,7 @@ def parse(
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file of these options.")
     for function in functions:
-        own: set[str | int] = {name for name in inspect.signature(function).parameters if name in skip}
+        own: set[str | int] = set((skip or {}).get(function, ()))
         parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=own)
     try:
         options = parser.parse_args(_normalized(given, parameters))

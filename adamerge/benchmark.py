@@ -44,12 +44,18 @@ class Benchmark:
 
     def __init__(self, config: Path, out: Path) -> None:
         self.config, self.out = config, out
-        document = yaml.safe_load(config.read_text(encoding="utf-8"))
-        self.base: str = document["model"]["base"]
-        self.experts: dict[str, str] = document["model"]["experts"]
-        data: dict[str, Any] = document["data"]
-        tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
-        self.data = MultiTaskData(tasks, **data)
+        try:
+            document = yaml.safe_load(config.read_text(encoding="utf-8"))
+            self.base: str = document["model"]["base"]
+            self.experts: dict[str, str] = document["model"]["experts"]
+            data: dict[str, Any] = document["data"]
+            tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
+            self.data = MultiTaskData(tasks, **data)
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{config} is no benchmark: {type(error).__name__} {error}.",
+                "It needs model.base, model.experts and data.tasks; see configs/benchmarks/embedded.yaml.",
+            ) from error
 
     def run(
         self, methods: Sequence[str], extra: Mapping[str, Sequence[str]] | None = None
@@ -63,6 +69,9 @@ class Benchmark:
         Returns:
             The rows, with normalised means.
         """
+        for method in methods:
+            if not _is_static(method):
+                self._method_file(method)  # refuses what is unknown before any work
         rows = [self._row(method, (extra or {}).get(method, ())) for method in methods]
         individual = next((row.accuracy for row in rows if row.method == "individual"), None)
         return [_normalized(row, individual) for row in rows]

@@ -141,6 +141,8 @@ def _known_problem(error: Exception) -> AdamergeError | None:
         return EnvironmentProblem("a GPU was asked for, and there is none.", "Add --trainer.accelerator cpu")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EnvironmentProblem("the disk is full.", "Free some space; the last checkpoint is whole.")
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return EnvironmentProblem("too many files are open.", "Raise the limit: ulimit -n 4096")
     if "PytorchStreamReader" in text:
         kind = "UnpicklingError"
     if "cannot be converted to type float without overflow" in text:

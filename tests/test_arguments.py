@@ -76,7 +76,7 @@ def test_several_functions_share_a_line_without_what_is_not_the_users() -> None:
         """Merge."""
 
     found = parse(
-        "m", [method, work], ["--density", "1", "--base", "b", "--experts", "a=1"], skip=["vectors"]
+        "m", [method, work], ["--density", "1", "--base", "b", "--experts", "a=1"], skip={method: ["vectors"]}
     )
     assert found["density"] == 1
     assert "vectors" not in found

@@ -4,9 +4,10 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -39,12 +40,12 @@ def run(given: Sequence[str]) -> int:
         return 0 if given else 2
     row = _row(given[0])
     vectors = next(iter(inspect.signature(row.function).parameters))
-    hidden = ["method", "options", vectors, *row.needs]
+    hidden = ["method", "options"]
     hidden += [] if "merged" in row.needs else ["of", "of_options"]
     hidden += [] if row.oracle else ["task"]
     hidden += [] if row.statistics else ["data", "samples", "fisher_mode"]
-    functions = [row.function, merge]
-    values = parse(f"adamerge merge {row.name}", functions, given[1:], skip=hidden, positional=False)
+    skip = {row.function: {vectors, *row.needs}, merge: hidden}
+    values = parse(f"adamerge merge {row.name}", [*skip], given[1:], skip=skip, positional=False)
     options = {option: values.pop(option) for option in row.options}
     return merge(row.name, options, **values)
 
@@ -95,9 +96,12 @@ def merge(
     began, target, row = time.monotonic(), Path(out), _row(method)
     refuse_existing(target, overwrite=overwrite)
     sources = Sources.find(base, experts)
+    sources.protect_from(target)
     vectors = sources.open(allow_missing or (), exclude or (), force=force)
     asked = None if dtype is None else getattr(torch, dtype)
     recipe: dict[str, Any] = {"method": method, "options": dict(options), "dtype": dtype}
+    if edit is None and edit_options:
+        raise InputError(f"edit_options {edit_options} without an edit.", "Pass --edit NAME too.")
     if edit is not None:
         recipe["edit"] = {edit: edit_options or {}}
         vectors = edit_vectors(vectors, edit, **(edit_options or {}))
@@ -118,19 +122,32 @@ def merge(
                 vectors, sources, data, samples=samples, fisher_mode=fisher_mode, cache=beside
             )
         tensors = merged_tensors(vectors, method, dtype=asked, **more, **options)
-    with ThreadPoolExecutor(1) as hashing:
-        digests = hashing.submit(vectors.origins.digests)
-        save_stream(
-            _checked(tensors, vectors),
-            target,
-            like=sources.base,
-            dtype=asked,
-            overwrite=overwrite,
-            card=lambda: provenance.model_card(sources.given, digests.result(), recipe),
-            metadata={"adamerge": json.dumps(recipe)},
-        )
+    digests = _in_background(vectors.origins.digests) if sources.base.is_dir() else dict
+    save_stream(
+        _checked(tensors, vectors),
+        target,
+        like=sources.base,
+        dtype=asked,
+        overwrite=overwrite,
+        card=lambda: provenance.model_card(sources.given, digests(), recipe),
+        metadata={"adamerge": json.dumps(recipe)},
+    )
     console.print(f"{method} of {len(vectors.tasks)} experts: {target} ({time.monotonic() - began:.1f} s)")
     return 0
+
+
+def _in_background(compute: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
+    """Begin to compute in a thread that no error or interrupt has to wait for; the result waits for it."""
+    done: Future[dict[str, str]] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(compute())
+        except Exception as error:  # told where the result is asked for
+            done.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return done.result
 
 
 def _row(method: str) -> Method:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from adamerge.checkpoints import locate, require_same_configuration
-from adamerge.errors import InputError
+from adamerge.errors import InputError, shortlist
 from adamerge.vectors import TaskVectors
 
 
@@ -66,8 +67,29 @@ class Sources:
         """Paths of the experts."""
         return {role: path for role, path in self.paths.items() if role != "base"}
 
+    def protect_from(self, target: Path) -> None:
+        """Refuse an output that would replace an input, or a folder that holds no model.
+
+        Raises:
+            InputError: What the output would destroy.
+        """
+        out = target.resolve()
+        for role, path in self.paths.items():
+            source = path.resolve()
+            if out == source or out in source.parents or source in out.parents:
+                raise InputError(
+                    f"the output {target} would replace {role} ({path}).", "Choose another path."
+                )
+        if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
+            raise InputError(f"{target} is not empty and holds no model.", "Choose another path.")
+
     def open(self, allow_missing: Sequence[str], exclude: Sequence[str], *, force: bool) -> TaskVectors:
         """Give the vectors, which stay in their files."""
-        return TaskVectors.open(
+        vectors = TaskVectors.open(
             self.base, self.experts, "stream", allow_missing=allow_missing, exclude=exclude, force=force
         )
+        names = {name for s in (vectors.origins.base, *vectors.origins.experts.values()) for name in s}
+        idle = [p for p in (*allow_missing, *exclude) if not any(fnmatch(name, p) for name in names)]
+        if idle:
+            raise InputError(f"no tensor's name matches {shortlist(idle)}.", "Look for a typing error.")
+        return vectors

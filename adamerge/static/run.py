@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def look_up(rows: Mapping[str, Method], name: str, options: Mapping[str, object]
     """Find a row, and refuse options that it does not have.
 
     Raises:
-        InputError: The method or an option is unknown.
+        InputError: The method or an option is unknown, or a value has the wrong type.
     """
     if name not in rows:
         raise InputError(f"method {name!r} is unknown.", nearest(name, rows))
@@ -155,7 +156,21 @@ def look_up(rows: Mapping[str, Method], name: str, options: Mapping[str, object]
         if option not in known:
             hint = nearest(option, known) if known else "It takes no options."
             raise InputError(f"{name} has no option {option!r}.", hint)
+        _require_type(option, options[option], get_type_hints(rows[name].function)[option])
     return rows[name]
+
+
+def _require_type(option: str, value: object, wanted: Any) -> None:
+    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    for kind in kinds:
+        origin = get_origin(kind) or kind
+        if origin is Literal:
+            return  # every method names its choices itself
+        accepted = {float: (int, float), list: (list, tuple)}.get(origin, origin)
+        if isinstance(value, accepted) and isinstance(value, bool) <= (kind is bool):
+            return
+    names = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+    raise InputError(f"{option}={value!r} has the wrong type.", f"Give {names}.")
 
 
 class _Rule(NamedTuple):
@@ -220,7 +235,7 @@ class _Context:
             for span, piece in block.pieces():
                 flat[span] = rule.function(piece, **rule.options) + flat_base[span]
             return out
-        return out.copy_(base.float() + self.vector(rule, name, block, block.dense()))
+        return out.copy_(base + self.vector(rule, name, block, block.dense()))
 
     def _known(self, need: str, name: str, block: Block, stack: Tensor) -> Any:
         if need == "name":

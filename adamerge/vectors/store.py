@@ -82,6 +82,10 @@ class TaskVectors:
         expert_states = {task: open_expert(e, f"expert {task!r}", base_state) for task, e in experts.items()}
         audited = audit(base_state, expert_states, allow_missing=allow_missing, exclude=exclude)
         kept = [name for name in audited if names is None or name in names]
+        if not kept:
+            raise InputError(
+                "no tensor is left to merge.", "Look at the exclusions, and at the experts' names."
+            )
         tied = tied_names(base_state, expert_states)
         aliases = {alias: name for alias, name in tied.items() if {alias, name} <= set(kept)}
         origins = Origins(base_state, expert_states, force)

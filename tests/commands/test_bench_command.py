@@ -60,3 +60,22 @@ def test_merge_measures_on_a_benchmarks_images(
     average = adamerge.merge(adamerge.TaskVectors.open(clip / "base", paths), "average")["visual.proj"]
     assert 0 < (merged - average).norm() < 0.5 * average.norm()
     assert list((tmp_path / "out.statistics").iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["base: here", "model: [a", "model: {base: b, experts: {}}\ndata: {tasks: [1]}"]
+)
+def test_a_file_that_is_no_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    assert main(["bench", "run", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert f"{file} is no benchmark" in capsys.readouterr().err
+
+
+def test_an_unknown_method_is_refused_before_the_first_row(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert main(["bench", "run", "embedded", "--methods", "zero_shot,tiess", "--out", str(out)]) == 2
+    assert "Did you mean 'ties'" in capsys.readouterr().err
+    assert not out.exists()

@@ -140,6 +140,31 @@ class TestOutput:
         assert_close(merged(out)["visual.proj"], expert["visual.proj"])
 
 
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.statistics])
+def test_every_method_is_a_command(clip: Path, tmp_path: Path, method: str) -> None:
+    assert main(["merge", method, *arguments(clip, "bars", "dots"), "--out", str(tmp_path / "out")]) == 0
+    assert merged(tmp_path / "out")["visual.conv1.weight"].isfinite().all()
+
+
+class TestInputsAreSafe:
+    """No output replaces an input, or a folder of something else."""
+
+    @pytest.mark.parametrize("place", ["base", "base/inside", "experts", "experts/dots.safetensors", ""])
+    def test_from_an_output_in_their_place(self, clip: Path, tmp_path: Path, place: str) -> None:
+        root = shutil.copytree(clip, tmp_path / "clip")
+        before = {path: path.read_bytes() for path in root.rglob("*.safetensors")}
+        given = [*arguments(root, "dots"), "--out", str(root / place), "--overwrite"]
+        assert main(["merge", "average", *given]) == 2
+        assert {path: path.read_bytes() for path in root.rglob("*.safetensors")} == before
+
+    def test_and_so_is_what_is_no_model(self, clip: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis").mkdir()
+        (tmp_path / "thesis" / "chapter").write_text("precious")
+        given = [*arguments(clip), "--out", str(tmp_path / "thesis"), "--overwrite"]
+        assert main(["merge", "average", *given]) == 2
+        assert (tmp_path / "thesis" / "chapter").read_text() == "precious"
+
+
 class TestBadInput:
     """The message, the exit code, and nothing written."""
 
@@ -201,6 +226,11 @@ class TestBadInput:
         assert "cannot name an expert" in self.refused(capsys, out, *base, f"--experts=a/b={path}")
         assert "has no name or no path" in self.refused(capsys, out, *base, f"--experts={path}")
         assert "does not exist" in self.refused(capsys, out, *base, "--experts=a=nowhere.safetensors")
+
+    def test_options_that_would_do_nothing(self, capsys, clip: Path, tmp_path: Path) -> None:
+        out, given = tmp_path / "out", arguments(clip)
+        assert "matches visul.*" in self.refused(capsys, out, *given, "--exclude", "visul.*")
+        assert "without an edit" in self.refused(capsys, out, *given, "--edit_options.density", "0.5")
 
     def test_an_existing_output(self, capsys, clip: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -267,3 +297,23 @@ def test_a_full_disk_leaves_the_old_output(clip: Path, tmp_path: Path) -> None:
         assert [path.name for path in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_nothing_is_left_to_merge(capsys: pytest.CaptureFixture[str], clip: Path, tmp_path: Path) -> None:
+    for method in ("average", "ties"):
+        given = [*arguments(clip), "--exclude", "*", "--out", str(tmp_path / "out")]
+        assert main(["merge", method, *given]) == 2
+        assert "no tensor is left to merge" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_inner_option_of_the_wrong_type_is_refused(
+    capsys: pytest.CaptureFixture[str], clip: Path, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    of = ["lines", "--of", "ties", "--of_options.density", "much"]
+    edit = ["average", "--edit", "ties_trim", "--edit_options.density", "much"]
+    for given in (of, edit):
+        assert main(["merge", *given, *arguments(clip), *out]) == 2
+        assert "density='much' has the wrong type" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()

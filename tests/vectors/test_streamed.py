@@ -1,0 +1,120 @@
+"""Vectors that stay in their files give what vectors in memory give."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from adamerge.checkpoints import open_checkpoint
+from adamerge.errors import InputError
+from adamerge.state import State
+from adamerge.vectors import Block, streamed
+from adamerge.vectors.dense import DenseBlock
+from adamerge.vectors.origins import Origins
+from adamerge.vectors.streamed import EditedBlock, StreamedBlock
+
+SHAPE, DTYPES = (5, 7), (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Adapter(dict[str, Tensor]):
+    """An expert that knows its difference exactly."""
+
+    def delta(self, name: str) -> Tensor | None:
+        return self.get(name)
+
+
+def saved(path: Path, seed: int, dtype: torch.dtype, change: Callable[[Tensor], object] = id) -> State:
+    tensor = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    change(tensor)
+    save_file({"w": tensor.to(dtype), "other": torch.ones(2)}, path / f"{seed}.safetensors")
+    return open_checkpoint(path / f"{seed}.safetensors")
+
+
+@pytest.fixture(params=[1, 8, 20, 2**19])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(streamed, "_CHUNK", request.param)
+    return request.param
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> StreamedBlock:
+    """Two files, one expert in memory, one that lacks the tensor, and an adapter."""
+    base = saved(tmp_path, 0, torch.float32)
+    lacking, adapter = {"other": torch.zeros(2)}, Adapter(w=torch.full(SHAPE, 0.25))
+    experts = {"a": saved(tmp_path, 1, torch.bfloat16), "b": saved(tmp_path, 2, torch.float16)}
+    memory = {"w": torch.arange(35.0).reshape(SHAPE).T.reshape(7, 5).T}
+    return StreamedBlock("w", Origins(base, {**experts, "m": memory, "none": lacking, "lora": adapter}))
+
+
+def expected(block: StreamedBlock) -> DenseBlock:
+    base = block.origins.base["w"]
+    files = [block.origins.experts[task]["w"].float() - base.float() for task in ("a", "b", "m")]
+    return DenseBlock(base, torch.stack([*files, torch.zeros(SHAPE), torch.full(SHAPE, 0.25)]))
+
+
+def require_same(block: Block, dense: Block) -> None:
+    coefficients, gradient = torch.tensor([0.5, -1.0, 2.0, 3.0, 1.0]), torch.randn(SHAPE)
+    assert isinstance(block, Block)
+    assert block.shape == dense.shape
+    assert_close(block.dense(), dense.dense(), rtol=0, atol=0)
+    assert_close(block.base_tensor(), dense.base_tensor(), rtol=0, atol=0)
+    assert_close(block.combine(coefficients), dense.combine(coefficients))
+    assert_close(block.project(gradient), dense.project(gradient), rtol=1e-4, atol=1e-4)
+    spans, pieces = zip(*((span, piece.clone()) for span, piece in block.pieces()), strict=True)
+    assert [i for span in spans for i in range(35)[span]] == list(range(35))
+    assert_close(torch.cat(pieces, dim=1), dense.dense().reshape(5, -1), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("chunk")
+class TestAgainstVectorsInMemory:
+    def test_as_they_are(self, block: StreamedBlock) -> None:
+        require_same(block, expected(block))
+
+    @pytest.mark.parametrize("entrywise", [True, False])
+    def test_edited(self, block: StreamedBlock, entrywise: bool) -> None:
+        dense = expected(block)
+        halved = DenseBlock(dense.base_tensor(), dense.dense() / 2)
+        require_same(EditedBlock(block, lambda vectors: vectors / 2, entrywise), halved)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_base_of_each_dtype(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        base, expert = saved(tmp_path, 0, dtype), saved(tmp_path, 1, dtype)
+        block = StreamedBlock("w", Origins(base, {"a": expert}))
+        assert torch.equal(block.dense()[0], expert["w"].float() - base["w"].float())
+        assert block.base_tensor().dtype == dtype
+
+    def test_nan_in_the_last_entry_is_refused_where_it_is(self, tmp_path: Path) -> None:
+        faulty = saved(tmp_path, 1, torch.float32, lambda tensor: tensor[-1, -1:].fill_(torch.nan))
+        block = StreamedBlock("w", Origins(saved(tmp_path, 0, torch.float32), {"a": faulty}))
+        with pytest.raises(InputError, match=r"expert 'a': 1 non-finite value\(s\) in w, first at \[4, 6\]"):
+            block.dense()
+
+    def test_norms_are_noted_by_the_first_walk_alone(self, block: StreamedBlock) -> None:
+        vectors = expected(block).dense()
+        block.dense()
+        noted = block.origins.vector_norms["w"]
+        assert_close(torch.tensor(noted), vectors.reshape(5, -1).norm(dim=1))
+        block.dense()
+        assert block.origins.vector_norms["w"] is noted
+
+    def test_huge_finite_values_pass(self, tmp_path: Path) -> None:
+        base, huge = (saved(tmp_path, k, torch.float32, lambda t: t.fill_(1e30)) for k in (0, 1))
+        block = StreamedBlock("w", Origins(base, {"a": {"w": huge["w"] * 2}}))
+        assert torch.equal(block.dense()[0], huge["w"])
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "_CHUNK", 8)
+    block = StreamedBlock(
+        "w", Origins(saved(tmp_path, 0, torch.float32), {"a": saved(tmp_path, 1, torch.float32)})
+    )
+    walk, file = block.pieces(), tmp_path / "1.safetensors"
+    next(walk)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 8)
+    with pytest.raises(InputError, match="was cut off"):
+        list(walk)
