@@ -41,7 +41,7 @@ class TaskVectors:
     blocks: Mapping[str, Block]
     rest: Mapping[str, Tensor]
     codec: Codec | None
-    origins: Origins
+    origins: Origins = field(default_factory=lambda: Origins({}, {}))
     aliases: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
