@@ -333,7 +333,7 @@ def speed(args: argparse.Namespace) -> int:
         ]
         ours, theirs = map(min, zip(*turns, strict=True))
         row = [method, SPEED[method][2], *(f"{x:.2f}" for x in (ours, turns[0][0], theirs, theirs / ours))]
-        print("|", *row, sep=" | ", flush=True)
+        print("", *row, "", sep=" | ", flush=True)
     return 0
 
 

@@ -1,9 +1,12 @@
 """Rows of facts about every static method and task-vector edit."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from adamerge.errors import InputError, nearest
 
 Scope = Literal["entry", "tensor", "model"]
 Grain = Literal["entry", "tensor"]
@@ -92,3 +95,33 @@ def _register(
         return function
 
     return add
+
+
+def look_up(rows: Mapping[str, Method], name: str, options: Mapping[str, object]) -> Method:
+    """Find a row, and refuse options that it does not have.
+
+    Raises:
+        InputError: The method or an option is unknown, or a value has the wrong type.
+    """
+    if name not in rows:
+        raise InputError(f"method {name!r} is unknown.", nearest(name, rows))
+    known = list(rows[name].options)
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else "It takes no options."
+            raise InputError(f"{name} has no option {option!r}.", hint)
+        _require_type(option, options[option], get_type_hints(rows[name].function)[option])
+    return rows[name]
+
+
+def _require_type(option: str, value: object, wanted: Any) -> None:
+    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    for kind in kinds:
+        origin = get_origin(kind) or kind
+        if origin is Literal:
+            return  # every method names its choices itself
+        accepted = {float: (int, float), list: (list, tuple)}.get(origin, origin)
+        if isinstance(value, accepted) and isinstance(value, bool) <= (kind is bool):
+            return
+    names = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+    raise InputError(f"{option}={value!r} has the wrong type.", f"Give {names}.")

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from adamerge.errors import InputError, NumericError, nearest
-from adamerge.static.registry import EDITS, LOCAL_NEEDS, METHODS, SEQUENTIAL, Method
+from adamerge.static.registry import EDITS, LOCAL_NEEDS, METHODS, SEQUENTIAL, Method, look_up
 from adamerge.vectors import Block, Stacks, TaskVectors
+
+_PIECE = 2**18  # entries
 
 
 @runtime_checkable
@@ -143,36 +144,6 @@ def edit(vectors: TaskVectors, name: str, **options: Any) -> TaskVectors:
     return vectors.edit(apply, entrywise=row.entrywise)
 
 
-def look_up(rows: Mapping[str, Method], name: str, options: Mapping[str, object]) -> Method:
-    """Find a row, and refuse options that it does not have.
-
-    Raises:
-        InputError: The method or an option is unknown, or a value has the wrong type.
-    """
-    if name not in rows:
-        raise InputError(f"method {name!r} is unknown.", nearest(name, rows))
-    known = list(rows[name].options)
-    for option in options:
-        if option not in known:
-            hint = nearest(option, known) if known else "It takes no options."
-            raise InputError(f"{name} has no option {option!r}.", hint)
-        _require_type(option, options[option], get_type_hints(rows[name].function)[option])
-    return rows[name]
-
-
-def _require_type(option: str, value: object, wanted: Any) -> None:
-    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-    for kind in kinds:
-        origin = get_origin(kind) or kind
-        if origin is Literal:
-            return  # every method names its choices itself
-        accepted = {float: (int, float), list: (list, tuple)}.get(origin, origin)
-        if isinstance(value, accepted) and isinstance(value, bool) <= (kind is bool):
-            return
-    names = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
-    raise InputError(f"{option}={value!r} has the wrong type.", f"Give {names}.")
-
-
 class _Rule(NamedTuple):
     """What is done to every parameter: a function, the needs that it is given, and its options."""
 
@@ -230,12 +201,14 @@ class _Context:
         """Give base + merged vector, piece by piece where every entry is on its own."""
         base = block.base_tensor()
         out = torch.empty(base.shape, dtype=dtype or base.dtype)
+        flat, flat_base = out.reshape(-1), base.reshape(-1)
         if rule.entrywise and not rule.needs:
-            flat, flat_base = out.reshape(-1), base.reshape(-1)
-            for span, piece in block.pieces():
-                flat[span] = rule.function(piece, **rule.options) + flat_base[span]
-            return out
-        return out.copy_(base + self.vector(rule, name, block, block.dense()))
+            merged = ((span, rule.function(piece, **rule.options)) for span, piece in block.pieces())
+        else:
+            merged = _cut(self.vector(rule, name, block, block.dense()).reshape(-1))
+        for span, piece in merged:
+            flat[span] = piece + flat_base[span]
+        return out
 
     def _known(self, need: str, name: str, block: Block, stack: Tensor) -> Any:
         if need == "name":
@@ -250,3 +223,9 @@ class _Context:
         """Walk the vectors that the corrected method gives."""
         for name, block in self.vectors.stacks(f"Merging ({self.of})").walk():
             yield name, self.vector(self.inner, name, block, block.dense())
+
+
+def _cut(flat: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Walk a flat tensor in pieces that stay in a core's cache."""
+    for start in range(0, len(flat), _PIECE):
+        yield slice(start, start + _PIECE), flat[start : start + _PIECE]

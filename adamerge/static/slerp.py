@@ -56,6 +56,8 @@ def slerp(
         InputError: An option is out of its range, or t was chosen for more than two experts.
     """
     _require_options(t, on, many, len(vectors))
+    if len(vectors) == 1:
+        return vectors[0].clone()
     origin = torch.zeros_like(base) if on == "task_vector" else base
     products = row_products(vectors, origin).sum(0)  # arcs are computed on coefficients alone
     if len(vectors) == 2:
@@ -63,10 +65,13 @@ def slerp(
     else:
         weights = _karcher(products) if many == "karcher" else _chain(products)
     surplus = weights.sum().item() - 1
-    merged = vectors[0].clone()
-    for weight, vector in zip(weights[1:].tolist(), vectors[1:], strict=True):
-        merged += weight * (vector - vectors[0])  # differences: equal experts merge to exactly themselves
-    return merged if abs(surplus) < _ROUNDING else merged + surplus * (vectors[0] + origin)
+    # Differences from the first: equal experts merge to exactly themselves.
+    merged = torch.lerp(vectors[0], vectors[1], weights[1].item())
+    for weight, vector in zip(weights[2:].tolist(), vectors[2:], strict=True):
+        merged.add_(vector - vectors[0], alpha=weight)
+    if abs(surplus) >= _ROUNDING:
+        merged.add_(vectors[0], alpha=surplus).add_(origin, alpha=surplus)
+    return merged
 
 
 def _require_options(t: float, on: str, many: str, n_tasks: int) -> None:

@@ -66,30 +66,49 @@ class StreamedBlock(PiecewiseBlock):
         Raises:
             InputError: A value is not finite.
         """
+        buffer = torch.empty(self.shape[0], min(self._step, self._size))
+        return self._read(lambda span: buffer[:, : span.stop - span.start])
+
+    def dense(self) -> Float[Tensor, "task *param"]:
+        """Read all vectors, each entry straight to its place."""
+        stack = torch.empty(self.shape)
+        flat = stack.reshape(self.shape[0], self._size)
+        for _ in self._read(lambda span: flat[:, span]):
+            pass
+        return stack
+
+    def to(self, device: torch.device) -> "StreamedBlock":
+        """Stay: files are read on the CPU."""
+        return self
+
+    @property
+    def _size(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    @property
+    def _step(self) -> int:
+        return max(_CHUNK // (self.shape[0] + 1), 1)
+
+    def _read(self, place: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Read span by span, the vectors to the place that a span has."""
         sources = (self.origins.base, *self.origins.experts.values())
         readers = [_reader(state, self.name) for state in sources]
         is_plain = [
             r is not None and not isinstance(s, Deltas) for r, s in zip(readers, sources, strict=True)
         ]
-        size = torch.Size(self.shape[1:]).numel()
-        step = max(_CHUNK // len(sources), 1)
-        buffer = torch.empty(len(sources), min(step, size))
-        is_new, norms = self.name not in self.origins.base_norms, []
+        size, step = self._size, self._step
+        base, is_new, norms = torch.empty(min(step, size)), self.name not in self.origins.base_norms, []
         for start in range(0, size, step):
             span = slice(start, min(start + step, size))
-            rows = buffer[:, : span.stop - start]
-            for row, reader in zip(rows, readers, strict=True):
+            rows, origin = place(span), base[: span.stop - start]
+            for row, reader in zip((origin, *rows), readers, strict=True):
                 row.copy_(_ZERO if reader is None else reader[span])
-            _subtract(rows[0], rows[1:], is_plain[1:])
+            _subtract(origin, rows, is_plain[1:])
             if is_new:
-                norms.append(torch.linalg.vector_norm(rows, dim=1))
-            yield span, rows[1:]
+                norms.append(torch.cat([origin.norm()[None], torch.linalg.vector_norm(rows, dim=1)]))
+            yield span, rows
         if is_new:
             self._note(norms)
-
-    def to(self, device: torch.device) -> "StreamedBlock":
-        """Stay: files are read on the CPU."""
-        return self
 
     def _note(self, pieces: list[Tensor]) -> None:
         """Note the norms of base and vectors; a value that is not finite shows in them."""

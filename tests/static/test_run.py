@@ -6,8 +6,7 @@ import torch
 import adamerge
 from adamerge.errors import InputError
 from adamerge.static import edit, merged_tensors
-from adamerge.static.registry import EDITS, METHODS, Method
-from adamerge.static.run import look_up
+from adamerge.static.registry import EDITS, METHODS, Method, look_up
 from adamerge.vectors import TaskVectors
 
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-_CHUNK = 2**20  # entries of all tasks that are widened to fp64 at once
+_CHUNK = 2**18  # entries of all tasks that are widened to fp64 at once, in a core's cache
 
 
 def row_products(
@@ -24,8 +24,10 @@ def row_products(
     rows = vectors.reshape(n_tasks, n_rows, width).transpose(0, 1)
     starts = rows.new_zeros(n_rows, 1, 1) if origin is None else origin.reshape(n_rows, 1, width)
     step = max(_CHUNK // max(n_tasks * width, 1), 1)
-    products = []
-    for piece, start in zip(rows.split(step), starts.split(step), strict=True):
-        wide = (piece + start).double()
-        products.append(wide @ wide.mT)
-    return torch.cat(products)
+    buffer = rows.new_empty(min(step, n_rows), n_tasks, width, dtype=torch.float64)
+    products = rows.new_empty(n_rows, n_tasks, n_tasks, dtype=torch.float64)
+    for start in range(0, n_rows, step):
+        span = slice(start, min(start + step, n_rows))
+        wide = buffer[: span.stop - start].copy_(rows[span]).add_(starts[span])
+        torch.bmm(wide, wide.mT, out=products[span])
+    return products
