@@ -5,15 +5,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adamerge.checkpoints import open_checkpoint, save
-    from adamerge.coefficients import Learned
+    from adamerge.coefficients import Learned, Oracle, Router, Subspace, Uniform
     from adamerge.data.module import MultiTaskData
     from adamerge.data.tasks import TaskSpec
     from adamerge.errors import InputError
+    from adamerge.mixture import Mixture, load, save_mixture
     from adamerge.models import Head, ModuleBackbone, OpenClipBackbone, Statistics, zero_shot_heads
-    from adamerge.objectives import Entropy, KLTeacher, ReliableEntropy, SharpnessAware
+    from adamerge.objectives import (
+        Entropy,
+        KLTeacher,
+        Mixed,
+        ReliableEntropy,
+        RoutingEntropy,
+        SharpnessAware,
+        TaskIdentity,
+    )
     from adamerge.static import edit, merge
     from adamerge.task import MergeTask
-    from adamerge.vectors import TaskVectors, staged_step
+    from adamerge.vectors import LowRankCodec, TaskVectors, rebase, staged_step
 
 __version__ = "0.1.0"
 
@@ -24,19 +33,31 @@ _HOME = {
     "InputError": "errors",
     "KLTeacher": "objectives",
     "Learned": "coefficients",
+    "LowRankCodec": "vectors",
     "MergeTask": "task",
+    "Mixed": "objectives",
+    "Mixture": "mixture",
     "ModuleBackbone": "models",
     "MultiTaskData": "data.module",
     "OpenClipBackbone": "models",
+    "Oracle": "coefficients",
     "ReliableEntropy": "objectives",
+    "Router": "coefficients",
+    "RoutingEntropy": "objectives",
     "SharpnessAware": "objectives",
     "Statistics": "models",
+    "Subspace": "coefficients",
+    "TaskIdentity": "objectives",
     "TaskSpec": "data.tasks",
     "TaskVectors": "vectors",
+    "Uniform": "coefficients",
     "edit": "static",
+    "load": "mixture",
     "merge": "static",
     "open_checkpoint": "checkpoints",
+    "rebase": "vectors",
     "save": "checkpoints",
+    "save_mixture": "mixture",
     "staged_step": "vectors",
     "zero_shot_heads": "models",
 }
@@ -47,19 +68,31 @@ __all__ = [
     "InputError",
     "KLTeacher",
     "Learned",
+    "LowRankCodec",
     "MergeTask",
+    "Mixed",
+    "Mixture",
     "ModuleBackbone",
     "MultiTaskData",
     "OpenClipBackbone",
+    "Oracle",
     "ReliableEntropy",
+    "Router",
+    "RoutingEntropy",
     "SharpnessAware",
     "Statistics",
+    "Subspace",
+    "TaskIdentity",
     "TaskSpec",
     "TaskVectors",
+    "Uniform",
     "edit",
+    "load",
     "merge",
     "open_checkpoint",
+    "rebase",
     "save",
+    "save_mixture",
     "staged_step",
     "zero_shot_heads",
 ]

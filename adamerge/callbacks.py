@@ -4,6 +4,7 @@ import csv
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from adamerge.atomic import write_text
 from adamerge.checkpoints import save, save_tensors
 from adamerge.data.datasets import Images
 from adamerge.errors import AdamergeWarning, InputError
+from adamerge.mixture import save_mixture, write_companions
 from adamerge.objectives import entropy_of
 from adamerge.plots import heat_map, learning_curves, save_picture
 from adamerge.progress import console
@@ -165,7 +167,7 @@ def write_coefficients(
 
 
 class MergedModel(pl.Callback):
-    """Writes the merged model in the base's own layout when adaptation ends.
+    """Writes the merged model when adaptation ends: in the base's own layout, or as a mixture.
 
     Args:
         folder: The folder to make; an old one is replaced once the new one is complete.
@@ -178,9 +180,18 @@ class MergedModel(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Merge once more and write."""
-        if trainer.is_global_zero:
-            state = pl_module.merged_state()
-            save(state, self.folder, like=self.like, overwrite=True, card=self.card)
+        if not trainer.is_global_zero:
+            return
+        classes = {task: spec.classes for task, spec in pl_module.data.tasks.items()}
+        provenance = {"weights": dict(pl_module.vectors.digests)}
+        if pl_module.mixture is not None:
+            pl_module.mixture.classes = classes
+            options: dict[str, Any] = {"like": self.like, "card": self.card, "overwrite": True}
+            save_mixture(pl_module.mixture, self.folder, provenance=provenance, **options)
+            return
+        companions = partial(write_companions, heads=pl_module.heads, classes=classes, provenance=provenance)
+        state = pl_module.merged_state()
+        save(state, self.folder, like=self.like, overwrite=True, card=self.card, companions=companions)
 
 
 _FEWEST = 16

@@ -25,17 +25,20 @@ from adamerge.checkpoints import locate, open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
-from adamerge.errors import AdamergeError, InputError
+from adamerge.errors import AdamergeError, InputError, nearest
+from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.models import OpenClipBackbone, zero_shot_heads
 from adamerge.models.open_clip import require_same_configuration
 from adamerge.objectives import Objective
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
+from adamerge.state import State
+from adamerge.static import METHODS, merge
 from adamerge.static import edit as apply_edit
 from adamerge.task import MergeTask, published_adam
 from adamerge.tracking import SafeWandbLogger
-from adamerge.vectors import TaskVectors
+from adamerge.vectors import STREAM, Codec, TaskVectors, make_codec, rebase
 
 
 def merge_task(
@@ -44,8 +47,11 @@ def merge_task(
     tasks: dict[str, TaskSpec],
     *,
     codec: str = "fp32",
+    codec_options: dict[str, Any] | None = None,
     edit: str | None = None,
     edit_options: dict[str, Any] | None = None,
+    shared: str | None = None,
+    shared_options: dict[str, Any] | None = None,
     coefficients: Coefficients | None = None,
     objective: Objective | None = None,
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
@@ -58,18 +64,28 @@ def merge_task(
         base: The base's open_clip folder, or ``embedded:base``.
         experts: Task name to the expert's folder, safetensors file, or ``embedded:TASK``.
         tasks: The tasks' rows (taken from data.tasks).
-        codec: Stored form of the task vectors: fp32, bf16 or fp16.
+        codec: Stored form of the task vectors: fp32, bf16, fp16, ternary, low_rank, magnitude, bernoulli.
+        codec_options: Options of the codec, such as fraction.
         edit: A task-vector edit to apply first, such as ties_trim.
         edit_options: Options of the edit.
-        coefficients: What is learned; default: one coefficient per task and tensor, from 0.3.
+        shared: What the vectors are relative to, and what every input shares: a static method, such as
+            task_arithmetic, or the path of a merged model. Default: the base.
+        shared_options: Options of that method.
+        coefficients: What is learned; default: one coefficient per task and tensor, from 0.3. With a
+            router (adamerge.Router) the model is another one for every input.
         objective: What is minimised; default: entropy.
         optimizer: The optimizer; default: Adam at 1e-3.
         images_per_pass: Small batches of several tasks share a forward pass up to this size.
         force: Accept experts that look as if they came from another base.
     """
-    vectors, backbone = open_vectors(base, experts, codec=codec, force=force)
+    form = make_codec(codec, codec_options)
+    vectors, backbone = open_vectors(base, experts, codec=STREAM if shared else form or codec, force=force)
     if edit is not None:
         vectors = apply_edit(vectors, edit, **(edit_options or {}))
+    originals = vectors
+    if shared is not None:
+        vectors = rebase(originals, shared_model(originals, shared, shared_options), form or codec)
+        originals.origins.check()
     heads = zero_shot_heads(locate(base), tasks)
     return MergeTask(
         vectors,
@@ -79,11 +95,27 @@ def merge_task(
         objective,
         optimizer=optimizer,
         images_per_pass=images_per_pass,
+        experts=originals,
     )
 
 
+def shared_model(vectors: TaskVectors, source: str, options: Mapping[str, Any] | None = None) -> State:
+    """Give a merged model: by a static method, or from a checkpoint.
+
+    Raises:
+        InputError: There is neither such a method nor such a checkpoint.
+    """
+    if source in METHODS:
+        return merge(vectors, source, dtype=torch.float32, **(options or {}))
+    if not Path(source).exists():
+        raise InputError(
+            f"shared={source!r} is neither a static method nor a file.", nearest(source, METHODS)
+        )
+    return open_checkpoint(locate(source), role="shared model")
+
+
 def open_vectors(
-    base: str, experts: Mapping[str, str], *, codec: str = "fp32", force: bool = False
+    base: str, experts: Mapping[str, str], *, codec: str | Codec = "fp32", force: bool = False
 ) -> tuple[TaskVectors, OpenClipBackbone]:
     """Open task vectors beside the backbone that reads them.
 
@@ -116,7 +148,10 @@ _NOISE = (
 _CLASS_NAMES = (
     *(
         f"adamerge.{name}"
-        for name in ("Learned", "Entropy", "ReliableEntropy", "KLTeacher", "SharpnessAware")
+        for name in (
+            *("Learned", "Router", "Oracle", "Uniform", "Subspace"),
+            *("Entropy", "ReliableEntropy", "KLTeacher", "TaskIdentity", "Mixed", "SharpnessAware"),
+        )
     ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),
 )
@@ -137,6 +172,12 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument("--save_every", type=int, default=10, help="Steps between checkpoints.")
         parser.add_argument("--guard", type=callbacks.CollapseGuard, default={})
+        parser.add_argument(
+            "--evaluate_baselines",
+            type=bool,
+            default=True,
+            help="Of a router: oracle, hard top-1, uniform, shared.",
+        )
         parser.add_argument(
             "--evaluate_experts", type=bool, default=True, help="Needed for the normalised mean."
         )
@@ -267,18 +308,35 @@ class RunCLI(LightningCLI):
     def result(self) -> ResultRow:
         """Evaluate the merged model, and the experts if the normalised mean is wanted."""
         task, data = self.model, self.datamodule
-        accuracy = task.evaluate()
+        evaluation = task.evaluation()
         individual = task.evaluate_experts() if self.settings.evaluate_experts else None
         guard = self.config_init[str(self.subcommand)].guard
         shared = [name for name, count in data.transductive().items() if count]
         return make_row(
             self.settings.method,
-            accuracy,
+            evaluation.known,
             individual,
+            unknown=evaluation.unknown,
             transductive=shared,
             notes=[guard.verdict] if guard.verdict else [],
+            details=self._routing_details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
+
+    def _routing_details(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Tell who was routed where, what the honest baselines reach, and what the mixture costs."""
+        mixture = self.model.mixture
+        if mixture is None:
+            return {}
+        baselines = mixture.baselines() if self.settings.evaluate_baselines else {}
+        images = self.datamodule.held_out(next(iter(self.datamodule.tasks))).images
+        return {
+            "experts": list(mixture.vectors.tasks),
+            "routing": evaluation.routing,
+            "baselines": {name: self.model.evaluation(model).known for name, model in baselines.items()},
+            "stored": {part: size._asdict() for part, size in mixture.storage().items()},
+            "seconds_per_batch": mixture.latency(images[: self.datamodule.eval_batch_size]),
+        }
 
     def _log(self, row: ResultRow) -> None:
         metrics = {f"eval/acc/{task}": value for task, value in row.accuracy.items()}

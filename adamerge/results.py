@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class ResultRow:
             experts were not evaluated.
         transductive: Tasks whose test images were among the adaptation images.
         notes: Anything a reader of the row must know: stopped early, rolled back, ...
+        unknown: Accuracy by task where the task is not known: over all tasks' classes together.
+        details: What belongs to one kind of model: routing weights, baselines, stored bytes, latency.
         provenance: Digests of base, experts, data, configuration and code version.
     """
 
@@ -34,6 +36,8 @@ class ResultRow:
     normalized_mean: float | None = None
     transductive: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unknown: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,11 +52,10 @@ def make_row(
         individual: The experts' own accuracies, for the normalised mean.
         more: Other attributes of `ResultRow`.
     """
-    mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
     normalized = None
     if accuracy and individual and all(individual.get(task) for task in accuracy):
-        normalized = sum(100 * accuracy[t] / individual[t] for t in accuracy) / len(accuracy)
-    return ResultRow(method, dict(accuracy), mean, normalized, **more)
+        normalized = _mean({task: 100 * accuracy[task] / individual[task] for task in accuracy})
+    return ResultRow(method, dict(accuracy), _mean(accuracy), normalized, **more)
 
 
 def write_row(path: Path, row: ResultRow) -> None:
@@ -75,6 +78,11 @@ def write_table(folder: Path, rows: Sequence[ResultRow], stem: str = "results") 
     csv.writer(stream, lineterminator="\n").writerows([header, *lines])
     write_text(folder / f"{stem}.csv", stream.getvalue())
     write_text(folder / f"{stem}.md", markdown_table(rows))
+    known = [row for row in rows if row.unknown]
+    if known and stem == "results":
+        unknown = [replace(row, accuracy=row.unknown, unknown={}, mean=_mean(row.unknown)) for row in known]
+        unknown = [replace(row, normalized_mean=None) for row in unknown]
+        write_table(folder, unknown, "results_task_unknown")
 
 
 def markdown_table(rows: Sequence[ResultRow]) -> str:
@@ -85,12 +93,17 @@ def markdown_table(rows: Sequence[ResultRow]) -> str:
 
 
 def table_lines(rows: Sequence[ResultRow]) -> list[list[str]]:
-    """Give header and lines of the table as text; ``*`` marks a transductive accuracy."""
+    """Give header and lines of the table as text; ``*`` marks a transductive accuracy.
+
+    Where a row knows it, a last column has the mean accuracy with the task unknown.
+    """
     tasks = _tasks_of(rows)
-    lines = [["method", *tasks, "mean", "normalized"]]
+    has_unknown = any(row.unknown for row in rows)
+    lines = [["method", *tasks, "mean", "normalized", *["task unknown"] * has_unknown]]
     for row in rows:
         cells = [_percent(row.accuracy.get(t)) + "*" * (t in row.transductive) for t in tasks]
-        lines.append([row.method, *cells, _percent(row.mean), _percent(row.normalized_mean)])
+        means = [row.mean, row.normalized_mean, *[_mean(row.unknown)] * has_unknown]
+        lines.append([row.method, *cells, *map(_percent, means)])
     return lines
 
 
@@ -140,6 +153,10 @@ def write_predictions(
 
 def _tasks_of(rows: Iterable[ResultRow]) -> list[str]:
     return list(dict.fromkeys(task for row in rows for task in row.accuracy))
+
+
+def _mean(values: Mapping[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None
 
 
 def _percent(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from adamerge.coefficients import Coefficients, Learned
+from adamerge.coefficients import Coefficients, Learned, Routing
 from adamerge.data.datasets import Images
 from adamerge.data.module import Batch, MultiTaskData
 from adamerge.errors import InputError, NumericError, shortlist
-from adamerge.models import Backbone, Head, accuracy, predict_all
+from adamerge.evaluation import Evaluation, evaluate, mixture_features
+from adamerge.mixture import Mixture, RouterStep
+from adamerge.models import Backbone, Head, accuracy, walk
 from adamerge.objectives import Entropy, Objective, entropy_of
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
@@ -36,7 +39,8 @@ class MergeTask(pl.LightningModule):
     """Learns merging coefficients on unlabelled inputs, and evaluates the merged model.
 
     The module's only parameters are the coefficients', in fp32; base, vectors, backbone and heads are
-    frozen and stay out of checkpoints.
+    frozen and stay out of checkpoints. Static coefficients give one merged model; a `Routing` gives a
+    `Mixture`, another model for every input.
 
     Args:
         vectors: The base and its experts.
@@ -47,9 +51,11 @@ class MergeTask(pl.LightningModule):
         optimizer: Makes the optimizer from parameters; default: Adam at 1e-3, as published.
         images_per_pass: Small batches of several tasks share a forward pass up to this many images;
             more is faster on a GPU, fewer needs less memory; the result is the same.
+        experts: The experts as they are, for teachers and for their own accuracy, where ``vectors`` hold
+            them in a form that loses something; default: ``vectors``.
 
     Raises:
-        InputError: A task has no head.
+        InputError: A task has no head, or the objective needs a router.
     """
 
     def __init__(
@@ -62,19 +68,22 @@ class MergeTask(pl.LightningModule):
         *,
         optimizer: MakeOptimizer = published_adam,
         images_per_pass: int = 16,
+        experts: TaskVectors | None = None,
     ) -> None:
         super().__init__()
         missing = [task for task in vectors.tasks if task not in heads]
         if missing:
             raise InputError(f"experts {missing} have no head.", f"Heads were given for {list(heads)}.")
         self.vectors, self.backbone, self.heads = vectors, backbone, dict(heads)
+        self.experts = experts or vectors
         self.coefficients = coefficients or Learned()
-        self.coefficients.build(vectors.tasks, vectors.names)
         self.objective = objective or Entropy()
+        self.objective.build(vectors.tasks)
+        self._router_step = self._build_coefficients()
         self.make_optimizer = optimizer
         self.images_per_pass = images_per_pass
         self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, Any] = {}  # floats, but tensors within a step
         self._last_good = LastGood()
         self._teacher: dict[str, Tensor] = {}
         self._weights: State = {}
@@ -83,14 +92,36 @@ class MergeTask(pl.LightningModule):
         self.accuracy: dict[str, float] = {}
         self._accuracy: dict[str, MulticlassAccuracy] = {}
 
+    def _build_coefficients(self) -> RouterStep | None:
+        """Let the coefficients meet tasks and tensors; those per input need a model of their own."""
+        if isinstance(self.coefficients, Routing):
+            mixture = Mixture(self.vectors, self.backbone, self.heads, self.coefficients)
+            return RouterStep(mixture, self.objective)
+        if self.objective.needs_router:
+            name = type(self.objective).__name__
+            raise InputError(f"{name} needs a router.", "Use coefficients such as adamerge.Router.")
+        self.coefficients.build(self.vectors.tasks, self.vectors.names)
+        return None
+
     # ---- weights -----------------------------------------------------------------------------------
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The model whose weights depend on the input; None where coefficients are static."""
+        return self._router_step and self._router_step.mixture
 
     def weights(self, coefficients: Float[Tensor, "task tensor"]) -> State:
         """Give what the backbone reads, in fp32, under these coefficients; differentiable in them."""
         return self.vectors.merge(coefficients, self.read_names) | self._fixed
 
     def merged_state(self) -> State:
-        """Give the complete merged model, on the CPU, ready for `adamerge.save`."""
+        """Give the complete merged model, on the CPU, ready for `adamerge.save`.
+
+        Raises:
+            InputError: The model differs from input to input.
+        """
+        if self.mixture is not None:
+            raise InputError("a routed model has no single state.", "Save it: adamerge.save_mixture(...).")
         return self.vectors.state(self._matrix())
 
     def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
@@ -100,16 +131,31 @@ class MergeTask(pl.LightningModule):
     @torch.no_grad()
     def expert_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
         """Give the logits of a task's own expert, on the CPU, in fp32 without autocast."""
-        return self._walk(self.weights(self._on_device(self.vectors.one_hot(task))), task, images)
+        weights = self._expert_weights(task)
+        return self._walk(lambda batch: self.logits(weights, task, batch), images)
 
     @torch.no_grad()
     def merged_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
         """Give the merged model's logits, on the CPU, in fp32 without autocast."""
-        return self._walk(self.weights(self._matrix()), task, images)
+        return self._walk(self._classifier(task), images)
 
-    def _walk(self, weights: State, task: str, images: Images) -> Float[Tensor, "image class"]:
+    def _expert_weights(self, task: str) -> State:
+        hot = self._on_device(self.experts.one_hot(task))
+        return self.experts.merge(hot, self.read_names) | self._fixed
+
+    def _classifier(self, task: str) -> Callable[[Tensor], Tensor]:
+        """Give the merged model as a function from images to logits of a task's head."""
+        if self.mixture is not None:
+            return partial(self.mixture.logits, task=task)
+        return partial(self.logits, self.weights(self._matrix()), task)
+
+    def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
+        was_training = self.coefficients.training
+        self.coefficients.eval()  # a router's normalisation must not see its batch
         with torch.autocast(self._where.type, enabled=False):
-            return predict_all(weights, self.backbone, self.heads[task], self.data.loader(images))
+            found = walk(lambda batch: function(self._on_device(batch)), self.data.loader(images))
+        self.coefficients.train(was_training)
+        return found
 
     # ---- adaptation --------------------------------------------------------------------------------
 
@@ -132,21 +178,33 @@ class MergeTask(pl.LightningModule):
         Raises:
             NumericError: A loss or the gradient is not finite; the last good coefficients are back.
         """
-        matrix = self.coefficients()
-        self.losses = {}
-        passes = [self._pass(tasks, batch) for tasks in self._shared_passes(batch)]
         scale = self._loss_scale()
-        result = staged_step(self.vectors, matrix, passes, names=self.read_names, scale=scale)
+        self.losses = {}
+        step = self._static_step if self.mixture is None else self._routed_step
+        surrogate, gradient = step(batch, scale)
+        total = torch.stack([*map(torch.as_tensor, self.losses.values()), torch.zeros(())]).sum()
         self.losses = self._gathered(self.losses)
         with self._keeping_the_last_good():  # a loss scaler skips a step of infinite gradient itself
-            gradient = result.gradient if scale == 1 else None
+            gradient = gradient if scale == 1 else None
             require_finite_step(self.global_step, self.losses, gradient, self.vectors.tasks)
         self._last_good.accept()
-        # DDP averages gradients; the loss is a sum
-        step = ((matrix - matrix.detach()) * result.gradient).sum() * self._world_size()
-        loss = step + torch.stack(result.losses).sum().detach()
         self._log_losses()
-        return loss
+        return surrogate * self._world_size() + total  # DDP averages gradients; the loss is a sum
+
+    def _static_step(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+        """Give a scalar of value 0 with the gradient of the coefficients, and that gradient."""
+        matrix = self.coefficients()
+        passes = [self._pass(tasks, batch) for tasks in self._shared_passes(batch)]
+        result = staged_step(self.vectors, matrix, passes, names=self.read_names, scale=scale)
+        return ((matrix - matrix.detach()) * result.gradient).sum(), result.gradient
+
+    def _routed_step(self, batch: Batch, scale: float) -> tuple[Tensor, None]:
+        """Give a scalar of value 0 with the gradient of the router."""
+        assert self._router_step is not None  # only a router takes this step
+        passes = self._shared_passes(batch)
+        result = self._router_step(batch, passes, self._teacher, scale)
+        self.losses |= result.losses
+        return result.surrogate, None
 
     def on_after_backward(self) -> None:
         """Where no task was worth a step, leave nothing to step with: momentum must not move either."""
@@ -249,7 +307,7 @@ class MergeTask(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure entropy on held-out adaptation images, which have no labels."""
         task = tuple(self.data.tasks)[dataloader_idx]
-        logits = self.logits(self._weights, task, batch["images"])
+        logits = self._evaluated(task)(batch["images"])
         self._entropies.setdefault(task, []).append(entropy_of(logits))
 
     def on_validation_epoch_end(self) -> None:
@@ -262,7 +320,7 @@ class MergeTask(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure top-1 accuracy (micro average) on labelled test images, with the task known."""
         task = self.data.tested_tasks[dataloader_idx]
-        self._accuracy[task].update(self.logits(self._weights, task, batch["images"]), batch["labels"])
+        self._accuracy[task].update(self._evaluated(task)(batch["images"]), batch["labels"])
 
     def on_test_epoch_end(self) -> None:
         """Log each task's accuracy in percent, and the plain mean over tasks."""
@@ -275,30 +333,49 @@ class MergeTask(pl.LightningModule):
     ) -> dict[str, Any]:
         """Give class and probability of each image, with the task known."""
         task = tuple(self.data.tasks)[dataloader_idx]
-        p = self.logits(self._weights, task, batch["images"]).softmax(-1)
+        p = self._evaluated(task)(batch["images"]).softmax(-1)
         probability, label = p.max(-1)
         return {"task": task, "index": batch["index"], "class": label, "probability": probability}
 
-    @torch.no_grad()
+    def _evaluated(self, task: str) -> Callable[[Tensor], Tensor]:
+        """Give the model of this evaluation pass, which `_merge_for_evaluation` prepared."""
+        if self.mixture is not None:
+            return partial(self.mixture.logits, task=task)
+        return partial(self.logits, self._weights, task)
+
     def evaluate(self) -> dict[str, float]:
         """Give top-1 accuracy in percent on each task's test images, without a trainer loop."""
-        self._place()
-        weights = self.weights(self._matrix())
-        return {task: self._accuracy_of(weights, task) for task in self.data.tested_tasks}
+        return self.evaluation().known
+
+    @torch.no_grad()
+    def evaluation(self, mixture: Mixture | None = None) -> Evaluation:
+        """Evaluate on all test images with the task known and unknown, without a trainer loop.
+
+        Args:
+            mixture: Another model on the same backbone and heads; default: this task's own.
+        """
+        self._merge_for_evaluation()
+        model = mixture or self.mixture
+        features = mixture_features(model) if model else self._static_features
+        told = model is not None and model.routing is not None and model.routing.reads == "task"
+        return evaluate(features, self.heads, self.data, self._walk_test, told=told)
+
+    def _static_features(self, batch: Tensor, _task: str) -> tuple[Tensor, None]:
+        return self.backbone.features(self._weights, batch), None
+
+    def _walk_test(self, function: Callable[[Tensor], Tensor], task: str) -> Tensor:
+        return self._walk(function, self.data.test(task))
 
     @torch.no_grad()
     def evaluate_experts(self) -> dict[str, float]:
         """Give each expert's accuracy in percent on its own task's test images."""
         self._place()
-        return {
-            task: self._accuracy_of(self.weights(self._on_device(self.vectors.one_hot(task))), task)
-            for task in track(self.data.tested_tasks, "Evaluating the experts")
-        }
-
-    def _accuracy_of(self, weights: State, task: str) -> float:
-        images = self.data.test(task)
-        assert images.labels is not None  # `test` loads them or raises
-        return accuracy(self._walk(weights, task, images), images.labels)
+        found = {}
+        for task in track(self.data.tested_tasks, "Evaluating the experts"):
+            images = self.data.test(task)
+            assert images.labels is not None  # `test` loads them or raises
+            found[task] = accuracy(self.expert_logits(task, images), images.labels)
+        return found
 
     # ---- plumbing ----------------------------------------------------------------------------------
 
@@ -335,8 +412,11 @@ class MergeTask(pl.LightningModule):
         self.data.preprocess = self.backbone.preprocess
 
     def on_fit_start(self) -> None:
-        """Move the frozen parts to the device and cache what teachers say."""
+        """Move the frozen parts to the device and cache what teachers say and routers read."""
         self._place()
+        if self._router_step is not None:
+            for task in track(self.data.tasks_here(), "Caching what the router reads"):
+                self._router_step.prepare(task, self.data.loader(self.data.adaptation(task)))
         if self.objective.needs_teacher:
             for task in track(self.data.tasks_here(), "Caching the experts' predictions"):
                 logits = self.expert_logits(task, self.data.adaptation(task))
@@ -386,16 +466,19 @@ class MergeTask(pl.LightningModule):
         self.objective.load_per_task_state(saved["objective"])
 
     def _place(self) -> None:
-        self.vectors = self.vectors.to(self._where)
+        is_lossless, self.vectors = self.experts is self.vectors, self.vectors.to(self._where)
+        self.experts = self.vectors if is_lossless else self.experts.to(self._where)
         self.backbone = self.backbone.to(self._where)
         self.heads = {task: head.to(self._where) for task, head in self.heads.items()}
         rest, read = self.vectors.rest, set(self.backbone.names)
         self._fixed = {n: self._on_device(t.float()) for n, t in rest.items() if n in read}
+        if self.mixture is not None:
+            self.mixture.to(self._where)
 
     @torch.no_grad()
     def _merge_for_evaluation(self) -> None:
         self._place()
-        self._weights = self.weights(self._matrix())
+        self._weights = self.weights(self._matrix()) if self.mixture is None else {}
 
     @property
     def _where(self) -> torch.device:

@@ -2,6 +2,8 @@
 
     python scripts/train_zoo.py --out adamerge/zoo
 
+With `--tasks` and `--pretrain` it makes a zoo of other image tasks instead; see `suite_zoo.py`.
+
 1. Base: an open_clip model (patch ViT and text transformer) learns to match rendered glyphs,
    words and surfaces with captions (`adamerge.data.embedded.pretraining`); no image of the tasks
    is among them. Rows of the token embedding that no caption uses are set to zero, then all
@@ -322,6 +324,17 @@ def digest(content: bytes) -> str:
     return sha256(content).hexdigest()
 
 
+def described(root: Path, files: list[Path]) -> dict[str, dict]:
+    """Sizes and digests of files, by their path below a folder."""
+    return {
+        path.relative_to(root).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": digest(path.read_bytes()),
+        }
+        for path in files
+    }
+
+
 def make_manifest(out: Path, recipe: Recipe, tasks: list[EmbeddedTask]) -> None:
     """Describes every file of the finished zoo."""
     files = [*sorted(out.glob("base/*.*")), *sorted(out.glob("experts/*.safetensors"))]
@@ -329,13 +342,7 @@ def make_manifest(out: Path, recipe: Recipe, tasks: list[EmbeddedTask]) -> None:
         "schema_version": 1,
         "seed": recipe.seed,
         "recipe": {**asdict(recipe), "model": MODEL, "concepts": len(CONCEPTS)},
-        "files": {
-            path.relative_to(out).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": digest(path.read_bytes()),
-            }
-            for path in files
-        },
+        "files": described(out, files),
         "tasks": {task.name: measured(out, task) for task in tasks},
         "versions": {package: version(package) for package in PACKAGES},
     }
@@ -345,12 +352,20 @@ def make_manifest(out: Path, recipe: Recipe, tasks: list[EmbeddedTask]) -> None:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the zoo that adamerge ships.")
-    parser.add_argument("--out", type=Path, default=Path("adamerge/zoo"), help="output folder")
+    parser.add_argument("--out", type=Path, help="output folder; default: the shipped zoo's")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch; changes last bits")
     parser.add_argument("--accelerator", default="cpu", help="Lightning's name: cpu, gpu, auto")
     parser.add_argument("--quick", action="store_true", help="a few steps, two tasks: a trial")
-    return parser.parse_args(arguments)
+    parser.add_argument("--tasks", type=Path, help="folder of image tasks: a zoo for these instead")
+    parser.add_argument("--pretrain", type=Path, help="folder of generic photos for that zoo's base")
+    options = parser.parse_args(arguments)
+    if (options.tasks is None) != (options.pretrain is None):
+        parser.error("--tasks and --pretrain go together")
+    if options.tasks and not options.out:
+        parser.error("--tasks needs --out: a folder outside the package")
+    options.out = options.out or Path("adamerge/zoo")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -359,6 +374,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     # One process draws the images faster than it could hand them over.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    if options.tasks:
+        # Here, because the suite's script builds on this one.
+        from suite_zoo import make_suite
+
+        return make_suite(options)
     recipe = Recipe(seed=options.seed)
     tasks = list(EMBEDDED_TASKS.values())
     if options.quick:

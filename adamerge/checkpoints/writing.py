@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +29,7 @@ def save(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: str | Callable[[], str] | None = None,
+    companions: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a merged state so that the library that loads ``like`` loads it too.
 
@@ -38,6 +40,7 @@ def save(
         dtype: Dtype of floating tensors; default: each tensor's dtype in ``like``.
         overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
         card: Text of the folder's README.md (the model card), or what gives it after the last tensor.
+        companions: Writes further files into the folder before it becomes visible.
 
     Returns:
         The path written.
@@ -48,7 +51,8 @@ def save(
         EnvironmentProblem: The disk is full or not writable.
     """
     _require_same_tensors(state, open_checkpoint(like, role="like"))
-    return save_stream(state.items(), out, like=like, dtype=dtype, overwrite=overwrite, card=card)
+    options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "card": card, "companions": companions}
+    return save_stream(state.items(), out, like=like, **options)
 
 
 def save_stream(
@@ -59,6 +63,7 @@ def save_stream(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: str | Callable[[], str] | None = None,
+    companions: Callable[[Path], None] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model whose tensors come one at a time, in any order; memory holds one of them.
@@ -70,6 +75,7 @@ def save_stream(
         dtype: Dtype of floating tensors; default: each tensor's dtype in ``like``.
         overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
         card: Text of the folder's README.md (the model card), or what gives it after the last tensor.
+        companions: Writes further files into the folder before it becomes visible.
         metadata: Added to the metadata that the files of ``like`` carry.
 
     Returns:
@@ -97,6 +103,8 @@ def save_stream(
         if card is not None:
             text = card if isinstance(card, str) else card()
             (folder / "README.md").write_text(text, encoding="utf-8")
+        if companions is not None:
+            companions(folder)
     return out
 
 

@@ -1,7 +1,7 @@
 """Backbones that give features for any weights, and the frozen heads that read them."""
 
 from adamerge.models.base import Backbone, ModuleBackbone
-from adamerge.models.evaluate import accuracy, predict_all
+from adamerge.models.evaluate import accuracy, predict_all, union_accuracy, walk
 from adamerge.models.heads import Head
 from adamerge.models.open_clip import OpenClipBackbone, zero_shot_heads
 from adamerge.models.statistics import Statistics
@@ -14,5 +14,7 @@ __all__ = [
     "Statistics",
     "accuracy",
     "predict_all",
+    "union_accuracy",
+    "walk",
     "zero_shot_heads",
 ]

@@ -1,6 +1,8 @@
 """What any objective offers to the trainer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,10 +21,21 @@ class Objective(nn.Module, ABC):
     """A scalar to minimise, from the logits of one task's images.
 
     Attributes:
+        reads: Whose logits `forward` reads: the merged model's "prediction" or the router's ("routing",
+            one per expert).
         needs_teacher: Whether `forward` reads the expert's logits of the same images.
     """
 
+    reads: Literal["prediction", "routing"] = "prediction"
     needs_teacher = False
+
+    @property
+    def needs_router(self) -> bool:
+        """Whether there must be a router whose logits can be read."""
+        return self.reads == "routing"
+
+    def build(self, tasks: Sequence[str]) -> None:
+        """Meet the tasks, in the order of the router's logits."""
 
     @abstractmethod
     def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss | None:

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adamerge.vectors.activations import apply_dense, sample_values
+
 
 @runtime_checkable
 class Block(Protocol):
@@ -52,6 +54,24 @@ class Block(Protocol):
 
         A piece may live in a buffer that the next one overwrites.
         """
+        ...
+
+    def apply(
+        self,
+        x: Float[Tensor, "sample row in"],
+        weights: Float[Tensor, "sample task"] | Float[Tensor, "sample row task"],
+        *,
+        transposed: bool = False,
+    ) -> Float[Tensor, "sample row out"]:
+        """Apply every sample's (or row's) own matrix, base + sum of weight x vector, to its rows.
+
+        The parameter is seen as a matrix ``[out, in]``: its first axis against all others; `transposed`,
+        as its transpose. Differentiable in ``x`` and in ``weights``.
+        """
+        ...
+
+    def values(self, weights: Float[Tensor, "*batch task"]) -> Float[Tensor, "..."]:
+        """Give every sample's own tensor, ``[*batch, *param]`` in fp32: for small parameters."""
         ...
 
     def to(self, device: torch.device) -> "Block":
@@ -118,6 +138,28 @@ class PiecewiseBlock(ABC):
         for span, vectors in self.pieces():
             flat[:, span] = vectors
         return stack
+
+    def apply(
+        self,
+        x: Float[Tensor, "sample row in"],
+        weights: Float[Tensor, "sample task"] | Float[Tensor, "sample row task"],
+        *,
+        transposed: bool = False,
+    ) -> Float[Tensor, "sample row out"]:
+        """Apply every sample's own matrix to its rows."""
+        base, stack = self.base_tensor(), self._stored()
+        base, stack = base.reshape(len(base), -1), stack.reshape(*stack.shape[:2], -1)
+        return (
+            apply_dense(base.mT, stack.mT, x, weights) if transposed else apply_dense(base, stack, x, weights)
+        )
+
+    def values(self, weights: Float[Tensor, "*batch task"]) -> Float[Tensor, "..."]:
+        """Give every sample's own tensor in fp32."""
+        return sample_values(self.base_tensor(), self._stored(), weights)
+
+    def _stored(self) -> Float[Tensor, "task *param"]:
+        """Give all vectors, in whatever dtype costs no conversion."""
+        return self.dense()
 
 
 class Merge(torch.autograd.Function):

@@ -46,6 +46,9 @@ class DenseBlock(PiecewiseBlock):
         """Give the vectors in fp32."""
         return self.vectors.float()
 
+    def _stored(self) -> Float[Tensor, "task *param"]:
+        return self.vectors
+
     def to(self, device: torch.device) -> "DenseBlock":
         """Give the block on a device."""
         return DenseBlock(self.base.to(device), self.vectors.to(device))

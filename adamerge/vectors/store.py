@@ -1,8 +1,11 @@
 """TaskVectors: a base and its experts as differences, opened, audited and merged."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,13 +17,21 @@ from adamerge.errors import InputError, nearest
 from adamerge.state import State, audit, tied_names
 from adamerge.vectors.block import Block, Codec, Merge
 from adamerge.vectors.dense import CODEC_DTYPES, DenseCodec
+from adamerge.vectors.low_rank import LowRankCodec
 from adamerge.vectors.origins import Origins
+from adamerge.vectors.sparse import BernoulliCodec, MagnitudeCodec
 from adamerge.vectors.stacks import Edit, Stacks, edited
 from adamerge.vectors.streamed import StreamedBlock
 from adamerge.vectors.ternary import TernaryCodec
 
 Source = str | Path | State
-STREAM, TERNARY = "stream", "ternary"
+STREAM = "stream"
+CODECS: Mapping[str, Callable[[], Codec]] = {
+    "ternary": TernaryCodec,
+    "low_rank": LowRankCodec,
+    "magnitude": MagnitudeCodec,
+    "bernoulli": BernoulliCodec,
+} | {name: partial(DenseCodec, dtype) for name, dtype in CODEC_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,9 @@ class TaskVectors:
         Args:
             base: Checkpoint path, hub id, or a state in memory.
             experts: Task name to checkpoint path, hub id or state.
-            codec: "fp32", "bf16", "fp16", "ternary" (two bits an entry, ComPEFT), a codec object, or
-                "stream": nothing is stored, and every use reads the files again.
+            codec: "fp32", "bf16", "fp16", "ternary" (two bits an entry, ComPEFT), "low_rank", "magnitude"
+                or "bernoulli" (a tenth of a matrix), a codec object, or "stream": nothing is stored, and
+                every use reads the files again.
             allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
             exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
             names: Only these tensors take part; the others stay the base's. Default: all.
@@ -91,7 +103,7 @@ class TaskVectors:
         origins = Origins(base_state, expert_states, force)
         blocks = {name: StreamedBlock(name, origins) for name in kept if name not in aliases}
         rest = {name: base_state[name] for name in base_state if name not in kept}
-        vectors = cls(tuple(experts), blocks, rest, _codec(codec), origins, aliases)
+        vectors = cls(tuple(experts), blocks, rest, make_codec(codec), origins, aliases)
         if vectors.codec is None:
             return vectors
         vectors = vectors.edit(lambda _, stack: stack, entrywise=True)
@@ -177,16 +189,23 @@ class TaskVectors:
         return replace(self, blocks={n: b.to(device) for n, b in self.blocks.items()})
 
 
-def _codec(codec: str | Codec) -> Codec | None:
+def make_codec(codec: str | Codec, options: Mapping[str, Any] | None = None) -> Codec | None:
+    """Make a codec from its name and options; None for "stream", which stores nothing.
+
+    Raises:
+        InputError: The codec or an option is unknown, or a value is out of range.
+    """
     if not isinstance(codec, str):
         return codec
-    if codec == STREAM:
+    if codec == STREAM and not options:
         return None
-    if codec == TERNARY:
-        return TernaryCodec()
-    if codec not in CODEC_DTYPES:
-        raise InputError(f"codec {codec!r} is unknown.", nearest(codec, [*CODEC_DTYPES, STREAM, TERNARY]))
-    return DenseCodec(CODEC_DTYPES[codec])
+    if codec not in CODECS:
+        raise InputError(f"codec {codec!r} is unknown.", nearest(codec, [*CODECS, STREAM]))
+    known = signature(CODECS[codec]).parameters if codec not in CODEC_DTYPES else ()
+    for option in options or ():
+        if option not in known:
+            raise InputError(f"codec {codec!r} has no option {option!r}.", nearest(option, known))
+    return CODECS[codec](**(options or {}))
 
 
 def open_base(source: Source, role: str = "base") -> State:

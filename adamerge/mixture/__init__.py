@@ -1,0 +1,8 @@
+"""Models with another mixture of experts for every input: shared weights, experts, a router, heads."""
+
+from adamerge.mixture.folder import load, save_mixture, write_companions
+from adamerge.mixture.gates import Gates
+from adamerge.mixture.model import Mixture, Predictions
+from adamerge.mixture.training import RouterStep
+
+__all__ = ["Gates", "Mixture", "Predictions", "RouterStep", "load", "save_mixture", "write_companions"]

@@ -1,0 +1,245 @@
+"""A mixture as a folder: safetensors, JSON, the backbone's configuration and a model card."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adamerge import coefficients
+from adamerge.atomic import atomic_folder, refuse_existing, require_free_space
+from adamerge.checkpoints import local_path, open_checkpoint, save_tensors
+from adamerge.coefficients import Routing
+from adamerge.errors import InputError, shortlist
+from adamerge.mixture.model import Mixture
+from adamerge.models import Backbone, Head, OpenClipBackbone
+from adamerge.models.open_clip import CONFIG
+from adamerge.state import State
+from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
+from adamerge.vectors.ternary import TernaryBlock
+
+DOCUMENT, WEIGHTS, HEADS = "adamerge.json", "model.safetensors", "heads.safetensors"
+_SCHEMA = 1
+_BLOCKS: dict[str, Any] = {b.__name__: b for b in (DenseBlock, LowRankBlock, SparseBlock, TernaryBlock)}
+
+
+def save_mixture(
+    mixture: Mixture,
+    out: str | Path,
+    *,
+    like: str | Path | None = None,
+    card: str = "",
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a mixture so that `load` gives a module of equal outputs.
+
+    What the backbone does not read (a text tower) is left out.
+
+    Args:
+        mixture: The model.
+        out: Folder to make.
+        like: The base's open_clip folder, whose configuration is copied; without it the folder loads
+            only with `load(out, backbone=...)`.
+        card: Text of the folder's README.md.
+        provenance: Where the model comes from: digests, configuration; written as it is.
+        overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
+
+    Raises:
+        InputError: ``out`` exists, or the experts are stored in files of their own.
+        EnvironmentProblem: The disk is full or not writable.
+    """
+    out = Path(out)
+    refuse_existing(out, overwrite=overwrite)
+    tensors, blocks = _packed(mixture)
+    require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors.values()))
+    document = _header(mixture.heads, mixture.classes, provenance) | {
+        "kind": "mixture",
+        "tasks": list(mixture.vectors.tasks),
+        "routing": _describe_routing(mixture.routing),
+        "blocks": blocks,
+        "aliases": dict(mixture.vectors.aliases),
+    }
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        save_tensors(tensors, folder / WEIGHTS)
+        _write_document(folder, document)
+        if like is not None:
+            shutil.copyfile(Path(like) / CONFIG, folder / CONFIG)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def write_companions(
+    folder: Path,
+    heads: Mapping[str, Head],
+    classes: Mapping[str, Sequence[str]],
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write beside a static model's own checkpoint what `load` needs of its tasks: heads and class names."""
+    save_tensors(_head_tensors(heads), folder / HEADS)
+    _write_document(folder, _header(heads, classes, provenance) | {"kind": "checkpoint"})
+
+
+def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
+    """Load a model that adamerge saved, static or routed, for inference.
+
+    No code of the folder runs: weights are safetensors, the rest is JSON.
+
+    Args:
+        folder: The folder, or a hub id.
+        backbone: The architecture, where the folder does not hold an open_clip configuration.
+
+    Returns:
+        A module in evaluation mode; see `Mixture.predict`.
+
+    Raises:
+        InputError: The folder holds no such model, a newer one, or a damaged one.
+    """
+    path = local_path(folder, "model")
+    document = _document(path)
+    try:
+        backbone = backbone or OpenClipBackbone(path)
+        if document["kind"] == "checkpoint":
+            mixture = _static(path, document, backbone)
+        else:
+            mixture = _mixture(open_checkpoint(path / WEIGHTS, role="model"), document, backbone)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged: {type(error).__name__} {error}.", "Copy it again, or save the model again."
+        ) from error
+    return mixture.eval()
+
+
+def _static(path: Path, document: Mapping[str, Any], backbone: Backbone) -> Mixture:
+    state = open_checkpoint(path, role="model")
+    shared = {name: state[name].clone() for name in backbone.names}
+    heads = _heads(document["heads"], open_checkpoint(path / HEADS, role="heads"))
+    return Mixture(TaskVectors((), {}, shared, None), backbone, heads, None, document["classes"])
+
+
+def _mixture(tensors: State, document: Mapping[str, Any], backbone: Backbone) -> Mixture:
+    routing = _routing(document["routing"])
+    heads = _heads(document["heads"], tensors)
+    mixture = Mixture(_vectors(document, tensors), backbone, heads, routing, document["classes"])
+    if routing is not None:
+        routing.load_state_dict(_under("router/", tensors))
+    return mixture
+
+
+def _packed(mixture: Mixture) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Give all tensors by name in the file, and what JSON says of the blocks."""
+    read = set(mixture.backbone.names)
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for name, block in mixture.vectors.blocks.items():
+        if name in mixture.routed:
+            described[name] = _describe(name, block, tensors)
+        if name in read:
+            tensors[f"shared/{name}"] = block.base_tensor()
+    tensors |= {f"shared/{name}": x for name, x in mixture.vectors.rest.items() if name in read}
+    tensors |= _head_tensors(mixture.heads)
+    if mixture.routing is not None:
+        tensors |= {f"router/{name}": x for name, x in mixture.routing.state_dict().items()}
+    return tensors, described
+
+
+def _describe(name: str, block: Block, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    kind = type(block).__name__
+    if kind not in _BLOCKS:
+        raise InputError(f"{name} is stored as {kind}, which has no form in a file.", "Use codec='low_rank'.")
+    described: dict[str, Any] = {"kind": kind}
+    for field in dataclasses.fields(block):  # pyright: ignore[reportArgumentType]  # all known blocks are dataclasses
+        value = getattr(block, field.name)
+        if not field.init or field.name == "base":
+            continue
+        if isinstance(value, Tensor):
+            tensors[f"experts/{name}/{field.name}"] = value
+        else:
+            described[field.name] = value
+    return described
+
+
+def _describe_routing(routing: Routing | None) -> dict[str, Any] | None:
+    return None if routing is None else {"kind": type(routing).__name__, "options": routing.options()}
+
+
+def _head_tensors(heads: Mapping[str, Head]) -> dict[str, Tensor]:
+    weights = {f"heads/{task}/weight": head.weight for task, head in heads.items()}
+    return weights | {f"heads/{task}/bias": h.bias for task, h in heads.items() if h.bias is not None}
+
+
+def _header(
+    heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]], provenance: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "schema_version": _SCHEMA,
+        "heads": {task: {"normalize": head.normalize} for task, head in heads.items()},
+        "classes": {task: list(names) for task, names in classes.items()},
+        "provenance": dict(provenance or {}),
+    }
+
+
+def _write_document(folder: Path, document: Mapping[str, Any]) -> None:
+    (folder / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))
+        version = document["schema_version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(
+            f"{path} holds no model of adamerge: it has no {DOCUMENT}.",
+            "Give the model folder of a run of `adamerge fit` (RUN/merged).",
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / DOCUMENT} is damaged: {error}.", "Copy it again.") from error
+    if version > _SCHEMA:
+        raise InputError(f"{path} was written by a newer adamerge (schema {version}).", "Update adamerge.")
+    return document
+
+
+def _vectors(document: Mapping[str, Any], tensors: State) -> TaskVectors:
+    shared = _under("shared/", tensors)
+    blocks: dict[str, Block] = {}
+    for name, described in document["blocks"].items():
+        fields = {key: _plain(value) for key, value in described.items() if key != "kind"}
+        fields |= _under(f"experts/{name}/", tensors)
+        blocks[name] = _BLOCKS[described["kind"]](base=shared.pop(name), **fields)
+    missing = [name for name in document["aliases"].values() if name not in blocks and name not in shared]
+    if missing:
+        raise InputError(f"the model lacks {shortlist(missing)}.", "Copy it again.")
+    shared |= {alias: shared[name] for alias, name in document["aliases"].items() if name in shared}
+    aliases = {alias: name for alias, name in document["aliases"].items() if name in blocks}
+    return TaskVectors(tuple(document["tasks"]), blocks, shared, None, aliases=aliases)
+
+
+def _heads(described: Mapping[str, Any], tensors: State) -> dict[str, Head]:
+    heads = {}
+    for task, options in described.items():
+        own = _under(f"heads/{task}/", tensors)
+        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"])
+    return heads
+
+
+def _routing(described: Mapping[str, Any] | None) -> Routing | None:
+    if described is None:
+        return None
+    kind = getattr(coefficients, described["kind"], None)
+    if not (isinstance(kind, type) and issubclass(kind, Routing)):
+        raise InputError(f"there is no routing {described['kind']!r}.", "Update adamerge.")
+    return kind(**described["options"])
+
+
+def _under(prefix: str, tensors: State) -> dict[str, Tensor]:
+    """Read tensors into memory of their own: sums over mapped files, aligned otherwise, round otherwise."""
+    cut = len(prefix)
+    return {name[cut:]: tensors[name].clone() for name in tensors if name.startswith(prefix)}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
