@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -15,8 +17,9 @@ from adamerge.atomic import atomic_folder, write_text
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
+from adamerge.evaluation import Evaluation, evaluate
 from adamerge.fitting import locate, open_vectors, run, weight_digests
-from adamerge.models import Head, OpenClipBackbone, Statistics, accuracy, predict_all, zero_shot_heads
+from adamerge.models import Head, OpenClipBackbone, Statistics, walk, zero_shot_heads
 from adamerge.plots import accuracy_bars, save_picture
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
@@ -25,6 +28,7 @@ from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
 from adamerge.vectors import TaskVectors
 
 _BOUNDS = ("zero_shot", "individual")
+_BARE = ("--evaluate_experts", "false", "--evaluate_baselines", "false")  # they are rows of their own
 _RESUME, _ANEW = ("--ckpt_path", "last"), ("--overwrite", "true")
 
 
@@ -98,7 +102,9 @@ class Benchmark:
             return read_row(folder / "result.json")
         write_text(stamp, current)
         if is_static:
-            row = make_row(method, self._static(method), provenance={"code": provenance.code_version()})
+            found = self._static(method)
+            code = {"code": provenance.code_version()}
+            row = make_row(method, found.known, unknown=found.unknown, provenance=code)
             write_row(folder / "result.json", row)
             console.print(f"{method}: done")
         else:
@@ -109,7 +115,7 @@ class Benchmark:
     def _adapt(self, method: str, more: Sequence[str]) -> None:
         """Run `adamerge fit`."""
         files = ["--config", str(self.config), "--config", str(self._method_file(method))]
-        run(["fit", *files, "--run_dir", str(self.folder(method)), "--evaluate_experts", "false", *more])
+        run(["fit", *files, "--run_dir", str(self.folder(method)), *_BARE, *more])
 
     def _method_file(self, method: str) -> Path:
         known = {path.stem: path for path in (configs() / "methods").glob("*.yaml")}
@@ -128,15 +134,32 @@ class Benchmark:
     def _digests(self) -> dict[str, str]:
         return weight_digests(self.base, self.experts)
 
-    def _static(self, method: str) -> dict[str, float]:
-        if method == "individual":
-            hot = {task: self._vectors.one_hot(task) for task in self._vectors.tasks}
-            return {t: self._accuracy(self._vectors.state(hot[t]), t) for t in self.data.tested_tasks}
+    @torch.no_grad()
+    def _static(self, method: str) -> Evaluation:
+        """Evaluate one merged model, or one model per task where the method knows the task."""
         if method in METHODS or method == "zero_shot":
-            state = self._merged(method)
-            return {task: self._accuracy(state, task) for task in self.data.tested_tasks}
+            weights = self._read(self._merged(method))
+            return self._evaluate(lambda _: weights)
+        if method == "individual":
+            hot = self._vectors.one_hot
+            return self._evaluate(lambda task: self._read(self._vectors.state(hot(task))), told=True)
         edited = edit(self._vectors, method)
-        return {t: self._accuracy(dict(expert_tensors(edited, t)), t) for t in self.data.tested_tasks}
+        return self._evaluate(lambda task: self._read(dict(expert_tensors(edited, task))), told=True)
+
+    def _evaluate(self, weights_of: Callable[[str], State], *, told: bool = False) -> Evaluation:
+        weights_of = lru_cache(maxsize=1)(weights_of)
+
+        def walk_test(function: Callable[[Tensor], Tensor], task: str) -> Tensor:
+            return walk(function, self.data.loader(self.data.test(task)))
+
+        def features(batch: Tensor, task: str) -> tuple[Tensor, None]:
+            return self._backbone.features(weights_of(task), batch), None
+
+        return evaluate(features, self._heads, self.data, walk_test, told=told)
+
+    def _read(self, state: State) -> State:
+        """Give what the backbone reads, in fp32."""
+        return {name: state[name].float() for name in self._backbone.names}
 
     def _merged(self, method: str) -> State:
         if method == "zero_shot":
@@ -157,14 +180,6 @@ class Benchmark:
             cache=self.out / "statistics",
             keys={task: f"{base}/{self._digests[task]}/{images}" for task in vectors.tasks},
         )
-
-    def _accuracy(self, state: State, task: str) -> float:
-        weights = {name: state[name].float() for name in self._backbone.names}
-        images = self.data.test(task)
-        labels = images.labels
-        assert isinstance(labels, Tensor)  # test images have labels, or loading them failed
-        logits = predict_all(weights, self._backbone, self._heads[task], self.data.loader(images))
-        return accuracy(logits, labels)
 
     @cached_property
     def _opened(self) -> tuple[TaskVectors, OpenClipBackbone]:
@@ -201,11 +216,5 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def _normalized(row: ResultRow, individual: Mapping[str, float] | None) -> ResultRow:
-    return make_row(
-        row.method,
-        row.accuracy,
-        individual,
-        transductive=row.transductive,
-        notes=row.notes,
-        provenance=row.provenance,
-    )
+    mean = make_row(row.method, row.accuracy, individual).normalized_mean
+    return replace(row, normalized_mean=mean)

@@ -54,8 +54,8 @@ class Curves(pl.Callback):
                 csv.DictWriter(stream, self._header, lineterminator="\n").writerow(row)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
-        """Draw the curves."""
-        if trainer.is_global_zero:
+        """Draw the curves, if there was a step."""
+        if trainer.is_global_zero and self.path.exists():
             save_picture(self.path.with_suffix(".png"), lambda: learning_curves(self.path))
 
 
@@ -122,7 +122,7 @@ class CoefficientReport(pl.Callback):
         """Write the files, and point at coefficients that ran away."""
         self._write(trainer, pl_module)
         groups, values = pl_module.coefficients.table()
-        if values.abs().max() > _RUNAWAY:
+        if groups and values.abs().max() > _RUNAWAY:
             row, column = divmod(int(values.abs().argmax()), len(groups))
             warnings.warn(
                 f"the coefficient of {pl_module.vectors.tasks[row]!r} for {groups[column]} is "
@@ -136,8 +136,9 @@ class CoefficientReport(pl.Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: pl.Trainer, task: MergeTask) -> None:
-        if trainer.is_global_zero:
-            write_coefficients(self.folder, task.vectors.tasks, *task.coefficients.table())
+        groups, values = task.coefficients.table()
+        if trainer.is_global_zero and groups:  # routing without parameters has none
+            write_coefficients(self.folder, task.vectors.tasks, groups, values)
 
     def _log(self, trainer: pl.Trainer, task: MergeTask) -> None:
         groups, values = task.coefficients.table()

@@ -16,7 +16,7 @@ _COMMANDS = {
     "fit": "learn merging coefficients on unlabelled inputs, evaluate, write the merged model",
     "validate": "label-free measures on held-out adaptation images (--ckpt_path last)",
     "test": "accuracy on labelled test images (--ckpt_path last)",
-    "predict": "class and probability of each image (--ckpt_path last)",
+    "predict": "class and probability of each image: --model FOLDER --data IMAGES --out FILE.parquet",
     "merge": "merge checkpoints by a static method: adamerge merge METHOD --base B --experts name=path ...",
     "inspect": "look at base and experts before merging: --base B --experts name=path ...",
     "compress": "store an expert as a ternary task vector: --base B --expert PATH --out FILE",
@@ -83,12 +83,19 @@ def _dispatch(given: list[str]) -> int:
     name, rest = given[0], given[1:]
     if name not in _COMMANDS:
         raise InputError(f"there is no command {name!r}.", nearest(name, _COMMANDS))
-    if name in _LIGHTNING:
+    if name in _LIGHTNING and not _is_of_a_folder(name, rest):
         from adamerge.fitting import run
 
         run([name, *rest])
         return 0
     return _run_function(name, rest)
+
+
+def _is_of_a_folder(name: str, rest: list[str]) -> bool:
+    """Tell `predict --model FOLDER ...` from the prediction of a run's tasks, by its configuration."""
+    flags = {word.partition("=")[0] for word in rest}
+    by_folder = not rest or not flags.isdisjoint(("--model", "--data", "--help", "-h"))
+    return name == "predict" and ("--out" in flags or ("--config" not in flags and by_folder))
 
 
 def _run_function(name: str, rest: list[str]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from adamerge import callbacks, provenance
 from adamerge.atomic import write_text
 from adamerge.checkpoints import locate, open_checkpoint
-from adamerge.coefficients import Coefficients
+from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import AdamergeError, InputError, nearest
@@ -52,6 +52,7 @@ def merge_task(
     edit_options: dict[str, Any] | None = None,
     shared: str | None = None,
     shared_options: dict[str, Any] | None = None,
+    relative_to: Literal["shared", "base"] = "shared",
     coefficients: Coefficients | None = None,
     objective: Objective | None = None,
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
@@ -69,8 +70,10 @@ def merge_task(
         edit: A task-vector edit to apply first, such as ties_trim.
         edit_options: Options of the edit.
         shared: What the vectors are relative to, and what every input shares: a static method, such as
-            task_arithmetic, or the path of a merged model. Default: the base.
+            task_arithmetic, the path of a merged model, or base. Default: the base.
         shared_options: Options of that method.
+        relative_to: What routed experts are added to: the shared model (Twin-Merging), or the base
+            (WEMoE, SMILE), while tensors that are not routed are the shared model's.
         coefficients: What is learned; default: one coefficient per task and tensor, from 0.3. With a
             router (adamerge.Router) the model is another one for every input.
         objective: What is minimised; default: entropy.
@@ -84,7 +87,11 @@ def merge_task(
         vectors = apply_edit(vectors, edit, **(edit_options or {}))
     originals = vectors
     if shared is not None:
-        vectors = rebase(originals, shared_model(originals, shared, shared_options), form or codec)
+        merged = shared_model(originals, shared, shared_options)
+        routed = [n for n in originals.names if _is_routed(coefficients, n)]
+        if relative_to == "base":
+            merged = {**merged, **{name: originals.blocks[name].base_tensor() for name in routed}}
+        vectors = rebase(originals, merged, form or codec, names=routed)
         originals.origins.check()
     heads = zero_shot_heads(locate(base), tasks)
     return MergeTask(
@@ -99,12 +106,18 @@ def merge_task(
     )
 
 
+def _is_routed(coefficients: Coefficients | None, name: str) -> bool:
+    return not isinstance(coefficients, Routing) or coefficients.group_of(name) is not None
+
+
 def shared_model(vectors: TaskVectors, source: str, options: Mapping[str, Any] | None = None) -> State:
     """Give a merged model: by a static method, or from a checkpoint.
 
     Raises:
         InputError: There is neither such a method nor such a checkpoint.
     """
+    if source == "base":
+        return vectors.base_state()
     if source in METHODS:
         return merge(vectors, source, dtype=torch.float32, **(options or {}))
     if not Path(source).exists():
@@ -143,6 +156,7 @@ _NOISE = (
     r".*LeafSpec.*",  # Lightning's own pytree helper
     r".*does not have many workers.*",  # our images are in memory
     r"Be aware that when using `ckpt_path`",  # evaluation needs none of the training's callbacks
+    r".*returned `None`, this fit will run with no optimizer",  # routing without parameters
     r"LightningCLI's args parameter is intended",  # our front command has read the command line
 )
 _CLASS_NAMES = (
@@ -215,13 +229,8 @@ class RunCLI(LightningCLI):
         """Look at what can be wrong before any work."""
         if str(self.settings.trainer.precision) in ("16", "16-mixed") and not torch.cuda.is_available():
             raise InputError("precision 16-mixed needs a GPU.", "Use bf16-mixed or 32-true on a CPU.")
-        counts = {
-            "save_every": self.settings.save_every,
-            "trainer.max_steps": self.settings.trainer.max_steps,
-        }
-        if self.subcommand == "fit" and min(counts.values()) < 1:
-            found = ", ".join(f"{name}={count}" for name, count in counts.items())
-            raise InputError(f"{found}.", "Both must be 1 or more.")
+        if self.subcommand == "fit" and self.settings.save_every < 1:
+            raise InputError(f"save_every={self.settings.save_every}.", "It must be 1 or more.")
         path = self.settings.ckpt_path
         if path not in (None, "last") and not Path(path).exists():
             raise InputError(f"checkpoint {path} does not exist.", "Use --ckpt_path last, or a file's path.")
@@ -264,6 +273,7 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Write the resolved configuration and the digests of all inputs; compare when resuming."""
+        self._require_steps()
         self.datamodule.preprocess = self.model.backbone.preprocess
         inputs = self._inputs()
         path = self.folder / provenance.INPUTS
@@ -275,6 +285,14 @@ class RunCLI(LightningCLI):
             write_text(path, json.dumps(inputs, indent=2) + "\n")
             for logger in self.trainer.loggers:
                 logger.log_hyperparams(inputs)
+
+    def _require_steps(self) -> None:
+        """Refuse to learn in no step, and to take steps where nothing can be learned."""
+        steps, kind = self.trainer.max_steps, type(self.model.coefficients).__name__
+        if steps < 1 and any(True for _ in self.model.coefficients.parameters()):
+            raise InputError(f"trainer.max_steps={steps}.", "It must be 1 or more.")
+        if steps != 0 and not any(True for _ in self.model.coefficients.parameters()):
+            raise InputError(f"{kind} has nothing to learn.", "Set trainer.max_steps to 0.")
 
     def after_fit(self) -> None:
         """Keep the end as last checkpoint, evaluate, and write the result row and the manifest."""

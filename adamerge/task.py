@@ -140,8 +140,8 @@ class MergeTask(pl.LightningModule):
         return self._walk(self._classifier(task), images)
 
     def _expert_weights(self, task: str) -> State:
-        hot = self._on_device(self.experts.one_hot(task))
-        return self.experts.merge(hot, self.read_names) | self._fixed
+        hot, read = self._on_device(self.experts.one_hot(task)), set(self.backbone.names)
+        return self._fixed | self.experts.merge(hot, [n for n in self.experts.names if n in read])
 
     def _classifier(self, task: str) -> Callable[[Tensor], Tensor]:
         """Give the merged model as a function from images to logits of a task's head."""
@@ -159,9 +159,10 @@ class MergeTask(pl.LightningModule):
 
     # ---- adaptation --------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> Optimizer:
-        """Make the optimizer of the coefficients."""
-        return self.make_optimizer(self.coefficients.parameters())
+    def configure_optimizers(self) -> Optimizer | None:
+        """Make the optimizer of the coefficients; None where there is nothing to learn."""
+        parameters = list(self.coefficients.parameters())
+        return self.make_optimizer(parameters) if parameters else None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the objective forget the last step, and remember where this one starts."""

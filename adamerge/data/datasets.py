@@ -1,21 +1,19 @@
-"""A row's source to images in memory: embedded tasks, image folders, parquet, `datasets` folders."""
+"""A source's images: all in memory, or a few at a time."""
 
 import hashlib
-import io
-import os
-import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from adamerge.data.sources import Preprocess, decode, files_of, image_column, layout_of, open_rows
 from adamerge.data.tasks import EMBEDDED, embedded_source
 from adamerge.errors import AdamergeWarning, DataError, shortlist
 from adamerge.progress import track
@@ -23,9 +21,7 @@ from adamerge.progress import track
 if TYPE_CHECKING:
     from datasets import Dataset as Rows
 
-Preprocess = Callable[[Any], Tensor]
-_CORRUPT_CEILING = 0.01
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+CORRUPT_CEILING = 0.01
 
 
 @dataclass(frozen=True)
@@ -83,61 +79,76 @@ def load_images(source: str, preprocess: Preprocess, *, labelled: bool, role: st
 
         images, labels = load_split(*embedded_source(source))
         return Images(images, labels if labelled else None)
-    rows = _open_rows(source, role)
-    image_column = _image_column(rows, source, role)
+    rows = open_rows(source, role)
+    column = image_column(rows, source, role)
     labels = _labels_of(rows, source, role) if labelled else None
-    images, kept = _decode(rows, image_column, preprocess, role=role)
+    images, kept = _decode(rows, column, preprocess, role=role)
     if labels is None:
         return Images(images)
     return Images(images, labels[kept], tuple(getattr(rows.features["label"], "names", ())))
 
 
-def _open_rows(source: str, role: str) -> "Rows":
-    """Open a source in memory: nothing is copied to a cache."""
-    from datasets import Dataset as Rows
-    from datasets.exceptions import DatasetsError
-    from pyarrow import parquet
+class Chunk(NamedTuple):
+    """Some consecutive images of a source.
 
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"{role}: {source} does not exist.", "Give a folder of images or a parquet file.")
-    try:
-        if (path / "state.json").exists():
-            rows = Rows.load_from_disk(str(path))
-        elif path.suffix == ".parquet" or any(path.glob("*.parquet")):
-            files = [str(p) for p in ([path] if path.is_file() else sorted(path.glob("*.parquet")))]
-            rows = Rows(parquet.read_table(files))
-        else:
-            rows = _folder_rows(path)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"{role}: {source} cannot be read: {error}") from error
-    if len(rows) == 0:
-        raise DataError(
-            f"{role}: {source} holds no images.",
-            f"Give a folder with files such as {', '.join(_SUFFIXES[:3])}, or a parquet file with rows.",
-        )
-    return rows
+    Attributes:
+        paths: Where each lies; None where the source does not tell.
+        problems: Why each could not be decoded; None where it was.
+        images: Those that were decoded, in order, as the preprocessing gives them.
+    """
+
+    paths: list[str | None]
+    problems: list[str | None]
+    images: list[Tensor]
 
 
-def _folder_rows(root: Path) -> "Rows":
-    """List a folder's images; where all lie in sub-folders, the sub-folders in order are the classes."""
-    from datasets import ClassLabel, Features, Image
-    from datasets import Dataset as Rows
+class ImageStream:
+    """A source's images in its own order, decoded a few at a time; labels are not read.
 
-    walk = os.walk(root, followlinks=True)
-    found = sorted(Path(folder, name).relative_to(root) for folder, _, names in walk for name in names)
-    images = [p for p in found if p.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, p.parts))]
-    columns: dict[str, list[Any]] = {"image": [str(root / p) for p in images]}
-    features: dict[str, Any] = {"image": Image(decode=False)}
-    if images and all(len(p.parts) > 1 for p in images):
-        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not _is_hidden(p.name))
-        columns["label"] = [classes.index(p.parts[0]) for p in images]
-        features["label"] = ClassLabel(names=classes)
-    return Rows.from_dict(columns, Features(features))
+    Nothing is left out silently: an image that cannot be decoded is told in its place, and files of a
+    folder whose suffix is no image's are named in a warning. Hidden files do not count.
 
+    Args:
+        source: As for `load_images`.
+        role: Who asks, for messages.
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))  # .ipynb_checkpoints, __MACOSX
+    Raises:
+        DataError: Nothing is there.
+    """
+
+    def __init__(self, source: str, role: str) -> None:
+        self._images: Any
+        if source.startswith(EMBEDDED):
+            from adamerge.data.embedded import load_split
+
+            self._images = load_split(*embedded_source(source))[0]
+            return
+        from datasets import Image
+
+        rows = open_rows(source, role)
+        column = image_column(rows, source, role)
+        self._images = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
+        others = files_of(Path(source), images=False) if layout_of(Path(source)) == "folder" else []
+        if others:
+            warnings.warn(
+                f"{role}: left out what is named like no image: {shortlist(others)}.",
+                AdamergeWarning,
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def chunks(self, preprocess: Preprocess, size: int) -> Iterator[Chunk]:
+        """Decode ``size`` images after another (the last time fewer)."""
+        for start in range(0, len(self), size):
+            values = list(self._images[start : start + size])
+            found = [decode(value, preprocess) for value in values]
+            yield Chunk(
+                [value.get("path") if isinstance(value, dict) else None for value in values],
+                [each if isinstance(each, str) else None for each in found],
+                [each for each in found if isinstance(each, Tensor)],
+            )
 
 
 def _labels_of(rows: "Rows", source: str, role: str) -> Int64[Tensor, " image"]:
@@ -155,13 +166,6 @@ def _labels_of(rows: "Rows", source: str, role: str) -> Int64[Tensor, " image"]:
         ) from error
 
 
-def _image_column(rows: "Rows", source: str, role: str) -> str:
-    for name in ("image", "img", "jpg", "png"):
-        if name in rows.column_names:
-            return name
-    raise DataError(f"{role}: {source} has columns {rows.column_names}, and none named 'image'.")
-
-
 def _decode(
     rows: "Rows", column: str, preprocess: Preprocess, *, role: str
 ) -> tuple[UInt8[Tensor, "image 3 height width"], list[int]]:
@@ -171,17 +175,17 @@ def _decode(
         The images, and the rows they came from.
     """
     from datasets import Image
-    from PIL.Image import DecompressionBombError
 
     encoded: Any = rows.cast_column(column, Image(decode=False))
     images, kept, corrupt = [], [], []
     for index, row in enumerate(track(encoded, f"Decoding {role}", len(encoded))):
-        try:
-            images.append(preprocess(_open_image(row[column])))
+        found = decode(row[column], preprocess)
+        if isinstance(found, Tensor):
+            images.append(found)
             kept.append(index)
-        except (OSError, ValueError, SyntaxError, EOFError, struct.error, DecompressionBombError) as error:
-            corrupt.append(f"{(row[column] or {}).get('path') or f'row {index}'} ({error})")
-    if len(corrupt) > _CORRUPT_CEILING * len(encoded):
+        else:
+            corrupt.append(f"{(row[column] or {}).get('path') or f'row {index}'} ({found})")
+    if len(corrupt) > CORRUPT_CEILING * len(encoded):
         raise DataError(
             f"{role}: {len(corrupt)} of {len(encoded)} images cannot be decoded: {shortlist(corrupt, 3)}.",
             "Remove or repair them; at most 1 % is skipped.",
@@ -189,15 +193,3 @@ def _decode(
     if corrupt:
         warnings.warn(f"{role}: skipped {shortlist(corrupt)}.", AdamergeWarning, stacklevel=2)
     return torch.stack(images), kept
-
-
-def _open_image(value: dict[str, Any] | None) -> Any:
-    """Open one encoded image; 16-bit grey keeps its upper eight bits, transparency is dropped."""
-    from PIL import Image
-
-    if value is None:
-        raise ValueError("no image")
-    with Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])) as image:
-        if image.mode.startswith("I"):
-            return image.point(lambda level: level / 256).convert("L").convert("RGB")
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")

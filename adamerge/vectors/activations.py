@@ -80,8 +80,9 @@ def sample_values(
 ) -> Float[Tensor, "..."]:
     """Give base + weighted sum of vectors for every sample in fp32, ``[*batch, *param]``."""
     with torch.autocast(base.device.type, enabled=False):
-        mixed = weights.float() @ vectors.reshape(len(vectors), -1).float()
-        return base.float() + mixed.reshape(*weights.shape[:-1], *base.shape)
+        stack, rows = vectors.reshape(len(vectors), -1).float(), weights.reshape(-1, len(vectors)).float()
+        mixed = torch.addmm(base.reshape(1, -1).float(), rows, stack)
+        return mixed.reshape(*weights.shape[:-1], *base.shape)
 
 
 def _by_row(base: Tensor, vectors: Tensor, x: Tensor, weights: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Task vectors on another base: a shared model, and what each expert has beyond it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,7 +31,11 @@ class Size(NamedTuple):
 
 
 def rebase(
-    vectors: TaskVectors, merged: Mapping[str, Tensor], codec: str | Codec = "low_rank"
+    vectors: TaskVectors,
+    merged: Mapping[str, Tensor],
+    codec: str | Codec = "low_rank",
+    *,
+    names: Collection[str] | None = None,
 ) -> TaskVectors:
     """Split experts into a shared model and exclusive experts: vector = expert - shared.
 
@@ -43,9 +47,10 @@ def rebase(
         merged: The shared model by parameter name, as `vectors.merge` or `adamerge.merge` gives it; further
             names are passed over. It is stored in the dtype that it has.
         codec: Stored form of the exclusive experts, as in `TaskVectors.open`; not "stream".
+        names: Only these tensors keep vectors; the others are the merged model's. Default: all.
 
     Returns:
-        Vectors of the same tasks and names, on the shared model.
+        Vectors of the same tasks, on the shared model.
 
     Raises:
         InputError: A parameter is missing in ``merged`` or has another shape or values that are not finite,
@@ -58,11 +63,17 @@ def rebase(
         )
     _require_fitting(vectors, merged)
     blocks: dict[str, Block] = {}
+    fixed: dict[str, Tensor] = {}
     for name, block in vectors.stacks("Encoding exclusive experts").walk():
         base, shared = block.base_tensor(), merged[name].detach().to(block.base_tensor().device)
-        blocks[name] = _encode(form, name, shared, base.float() + block.dense() - shared.float())
+        if names is None or name in names:
+            blocks[name] = _encode(form, name, shared, base.float() + block.dense() - shared.float())
+        else:
+            fixed[name] = shared
+    rest = {**vectors.rest, **vectors.with_aliases(fixed)}
+    aliases = {alias: name for alias, name in vectors.aliases.items() if name in blocks}
     digests = vectors.digests or vectors.origins.digests()
-    return replace(vectors, blocks=blocks, codec=form, digests=digests)
+    return replace(vectors, blocks=blocks, rest=rest, aliases=aliases, codec=form, digests=digests)
 
 
 def storage(vectors: TaskVectors) -> dict[str, Size]:
