@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -238,6 +238,7 @@ class CollapseGuard(pl.Callback):
         top_share: Largest share of one class, unless the expert's or the start's is as large.
         marginal: Smallest marginal entropy, relative to the expert's or the start's.
         lost_agreement: Largest loss of agreement, absolute, of one task since the start.
+        keep: Which coefficients a run ends with: the "last", as published, or the "best" seen.
 
     Raises:
         InputError: An option is out of its range.
@@ -251,7 +252,14 @@ class CollapseGuard(pl.Callback):
         top_share: float = 0.9,
         marginal: float = 0.5,
         lost_agreement: float = 0.2,
+        keep: Literal["last", "best"] = "last",
     ) -> None:
+        if keep not in ("last", "best") or (keep == "best" and not every_n_steps):
+            raise InputError(
+                f"guard: keep={keep!r}, every_n_steps={every_n_steps}.",
+                "Use 'last', or 'best' with every_n_steps of 1 or more.",
+            )
+        self.keep = keep
         if every_n_steps < 0 or max_images < 1:
             raise InputError(
                 f"guard: every_n_steps={every_n_steps}, max_images={max_images}.",
@@ -293,6 +301,13 @@ class CollapseGuard(pl.Callback):
             self._roll_back(trainer, pl_module, reason)
         else:
             self._remember(trainer, pl_module, signs)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
+        """Go back to the best coefficients where they are wanted."""
+        if self.keep == "last" or self.verdict or not self._expert:
+            return
+        self._remember(trainer, pl_module, self._look(pl_module))
+        pl_module.coefficients.load_state_dict(self._best["values"])
 
     def state_dict(self) -> dict[str, Any]:
         """Remember start and best across a resume."""

@@ -61,7 +61,7 @@ def save_mixture(
         "tasks": list(mixture.vectors.tasks),
         "routing": _describe_routing(mixture.routing),
         "blocks": blocks,
-        "aliases": dict(mixture.vectors.aliases),
+        "aliases": {a: name for a, name in mixture.vectors.aliases.items() if name in mixture.read},
     }
     with atomic_folder(out, overwrite=overwrite) as folder:
         save_tensors(tensors, folder / WEIGHTS)
@@ -132,7 +132,7 @@ def _mixture(tensors: State, document: Mapping[str, Any], backbone: Backbone) ->
 
 def _packed(mixture: Mixture) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Give all tensors by name in the file, and what JSON says of the blocks."""
-    read = set(mixture.backbone.names)
+    read = mixture.read
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for name, block in mixture.vectors.blocks.items():

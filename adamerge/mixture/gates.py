@@ -95,6 +95,7 @@ def projections(
     taken = [range(start, start + min(gate_rank, rank)) for start, rank in pairs]
     leading = block.right[[i for span in taken for i in span]]
     squares = (rows @ leading.to(rows.dtype).T).float().square()
-    owner = torch.tensor([task for task, span in enumerate(taken) for _ in span], device=rows.device)
+    owners = [task for task, span in enumerate(taken) for _ in span]
+    owner = torch.tensor(owners, dtype=torch.int64, device=rows.device)
     sums = squares.new_zeros(*squares.shape[:-1], len(taken)).index_add(-1, owner, squares)
     return sums.sqrt()

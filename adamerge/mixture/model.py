@@ -97,6 +97,12 @@ class Mixture(nn.Module):
             for name, routing in others.items()
         }
 
+    @property
+    def read(self) -> set[str]:
+        """Names of the tensors that the backbone reads; of tied ones also the name that is stored."""
+        names, aliases = set(self.backbone.names), self.vectors.aliases
+        return names | {name for alias, name in aliases.items() if alias in names}
+
     @cached_property
     def shared(self) -> dict[str, Tensor]:
         """The shared model's tensors that the backbone reads, in fp32."""
@@ -222,7 +228,7 @@ class Mixture(nn.Module):
         """Name the tensors that differ per sample."""
         if self.routing is None:
             return ()
-        read = set(self.backbone.names)
+        read = self.read
         named = [n for n in self.vectors.names if n in read and self.routing.group_of(n) is not None]
         if self.routing.reads != "token":
             return tuple(named)
@@ -244,6 +250,8 @@ class Mixture(nn.Module):
         return sizes
 
     def _batch(self, images: Any) -> Tensor:
+        if len(images) == 0:
+            raise InputError("no image was given.", "Give a batch of one image or more.")
         if not isinstance(images, Tensor):
             images = torch.stack([self.backbone.preprocess(image) for image in images])
         return images.to(next(iter(self.shared.values())).device)
@@ -252,7 +260,9 @@ class Mixture(nn.Module):
         """Move what is no parameter along with the router: `to(device)`."""
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
-        self.vectors, self.backbone = self.vectors.to(device), self.backbone.to(device)
+        rest = {n: x.to(device) if n in self.read else x for n, x in self.vectors.rest.items()}
+        self.vectors = replace(self.vectors.to(device), rest=rest)
+        self.backbone = self.backbone.to(device)
         self.heads = {task: head.to(device) for task, head in self.heads.items()}
         self.__dict__.pop("shared", None)
         return self

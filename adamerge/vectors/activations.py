@@ -22,15 +22,20 @@ _LARGE = 2**21  # multiplications from which oneDNN is worth its call
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # what torch.compile uses; not in all builds
 
 
-def product(x: Float[Tensor, "*row in"], matrix: Float[Tensor, "out in"]) -> Float[Tensor, "*row out"]:
-    """Give ``x @ matrix.T``; differentiable.
+def product(
+    x: Float[Tensor, "*row in"], matrix: Float[Tensor, "out in"], onto: Tensor | None = None
+) -> Float[Tensor, "*row out"]:
+    """Give ``x @ matrix.T``, or the sum of ``onto`` and that, which may overwrite it; differentiable.
 
     For fp32 on a CPU torch takes MKL, which leaves half of the speed of AMD's processors unused; so where
     nothing is differentiated, oneDNN multiplies.
     """
     if _ONEDNN is None or x.numel() * len(matrix) < _LARGE or not _is_plain(x, matrix):
-        return functional.linear(x, matrix)
-    return _ONEDNN(x, matrix, None, "none", [], "")
+        y = functional.linear(x, matrix)
+        return y if onto is None else onto.add_(y)
+    if onto is None:
+        return _ONEDNN(x, matrix, None, "none", [], "")
+    return _ONEDNN.binary(x, onto, matrix, None, "add")
 
 
 def _is_plain(*tensors: Tensor) -> bool:

@@ -121,13 +121,13 @@ class LowRankBlock(PiecewiseBlock):
             return y.reshape(*x.shape[:2], -1)
         y = product(x, self._matrix().to(x.dtype))
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weights.requires_grad):
-            return y.add_(self._products(x, weights, range(len(self.ranks))))  # zeros have gradients too
+            return self._products(x, weights, range(len(self.ranks)), y)  # zeros have gradients too
         used = (weights != 0).T
         counts = used.sum(1).tolist()
         tasks = [task for task, (n, rank) in enumerate(zip(counts, self.ranks, strict=True)) if n and rank]
         gathered = sum(counts[task] * (self.ranks[task] + _GATHER) for task in tasks)
         if gathered > len(x) * sum(self.ranks[task] for task in tasks):
-            return y.add_(self._products(x, weights, tasks))
+            return self._products(x, weights, tasks, y)
         samples = used.nonzero()[:, 1].split(counts)
         for task in tasks:
             chosen = samples[task]
@@ -139,12 +139,13 @@ class LowRankBlock(PiecewiseBlock):
         x: Float[Tensor, "sample row column"],
         weights: Float[Tensor, "sample task"],
         tasks: Sequence[int],
+        onto: Tensor | None = None,
     ) -> Float[Tensor, "sample row out"]:
-        """Give the weighted sum over some tasks of left' (right x)."""
+        """Give the weighted sum over some tasks of left' (right x), added to ``onto``."""
         left, right, owners = self._factors(tasks)
         hidden = product(x, right.to(x.dtype))
         hidden = hidden * weights[:, None, owners].to(hidden.dtype)
-        return product(hidden, left.to(hidden.dtype).T)
+        return product(hidden, left.to(hidden.dtype).T, onto)
 
     def _factors(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Give some tasks' factors, and the task of each."""
