@@ -17,7 +17,7 @@ from adamerge.data.datasets import Images
 from adamerge.data.module import Batch, MultiTaskData
 from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.evaluation import Evaluation, evaluate, mixture_features
-from adamerge.mixture import Mixture, RouterStep
+from adamerge.mixture import Mixture, RouterStep, joined_images, shared_passes, task_losses
 from adamerge.models import Backbone, Head, accuracy, walk
 from adamerge.objectives import Entropy, Objective, entropy_of
 from adamerge.progress import track
@@ -183,7 +183,7 @@ class MergeTask(pl.LightningModule):
         self.losses = {}
         step = self._static_step if self.mixture is None else self._routed_step
         surrogate, gradient = step(batch, scale)
-        total = torch.stack([*map(torch.as_tensor, self.losses.values()), torch.zeros(())]).sum()
+        total = sum(self.losses.values(), surrogate.new_zeros(()))
         self.losses = self._gathered(self.losses)
         with self._keeping_the_last_good():  # a loss scaler skips a step of infinite gradient itself
             gradient = gradient if scale == 1 else None
@@ -195,15 +195,16 @@ class MergeTask(pl.LightningModule):
     def _static_step(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         """Give a scalar of value 0 with the gradient of the coefficients, and that gradient."""
         matrix = self.coefficients()
-        passes = [self._pass(tasks, batch) for tasks in self._shared_passes(batch)]
+        groups = shared_passes(batch, self.images_per_pass)
+        passes = [self._pass(tasks, batch) for tasks in groups]
         result = staged_step(self.vectors, matrix, passes, names=self.read_names, scale=scale)
         return ((matrix - matrix.detach()) * result.gradient).sum(), result.gradient
 
     def _routed_step(self, batch: Batch, scale: float) -> tuple[Tensor, None]:
         """Give a scalar of value 0 with the gradient of the router."""
         assert self._router_step is not None  # only a router takes this step
-        passes = self._shared_passes(batch)
-        result = self._router_step(batch, passes, self._teacher, scale)
+        groups = shared_passes(batch, self.images_per_pass)
+        result = self._router_step(batch, groups, self._teacher, scale)
         self.losses |= result.losses
         return result.surrogate, None
 
@@ -246,32 +247,15 @@ class MergeTask(pl.LightningModule):
             self._last_good.restore(self.coefficients, self._optimizers())
             raise
 
-    def _shared_passes(self, batch: Batch) -> Iterator[list[str]]:
-        """Group tasks so that each group's images fit into one pass."""
-        group: list[str] = []
-        for task in batch:
-            images = [batch[t]["images"] for t in (*group, task)]
-            fits = sum(len(i) for i in images) <= self.images_per_pass
-            if group and not (fits and len({i.shape[1:] for i in images}) == 1):
-                yield group
-                group = []
-            group.append(task)
-        yield group
-
     def _pass(self, tasks: Sequence[str], batch: Batch) -> Callable[[State], Tensor]:
         def loss_of(leaves: State) -> Tensor:
-            images = [batch[task]["images"] for task in tasks]
-            joined = images[0] if len(images) == 1 else torch.cat(images)
-            features = self.backbone.features({**leaves, **self._fixed}, joined)
-            total = features.new_zeros((), dtype=torch.float32)
-            for task, part in zip(tasks, features.split([len(i) for i in images]), strict=True):
-                teacher = self._teacher.get(task)
-                known = None if teacher is None else teacher[batch[task]["index"]]
-                loss = self.objective(self.heads[task].logits(part), task, known)
-                if loss is not None:
-                    self.losses[task] = loss.detach()  # a tensor until `_gathered` reads all at once
-                    total = total + loss
-            return total
+            features = self.backbone.features({**leaves, **self._fixed}, joined_images(tasks, batch))
+            model: dict[str, Any] = {"heads": self.heads, "objective": self.objective}
+            found = task_losses(features, tasks, batch, teacher=self._teacher, **model)
+            # Tensors until `_gathered` reads all at once.
+            self.losses |= {task: loss.detach() for task, loss in found.items()}
+            none = features.new_zeros((), dtype=torch.float32)
+            return torch.stack(list(found.values())).sum() if found else none
 
         return loss_of
 

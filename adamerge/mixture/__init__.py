@@ -3,6 +3,18 @@
 from adamerge.mixture.folder import load, save_mixture, write_companions
 from adamerge.mixture.gates import Gates
 from adamerge.mixture.model import Mixture, Predictions
+from adamerge.mixture.passes import joined_images, shared_passes, task_losses
 from adamerge.mixture.training import RouterStep
 
-__all__ = ["Gates", "Mixture", "Predictions", "RouterStep", "load", "save_mixture", "write_companions"]
+__all__ = [
+    "Gates",
+    "Mixture",
+    "Predictions",
+    "RouterStep",
+    "joined_images",
+    "load",
+    "save_mixture",
+    "shared_passes",
+    "task_losses",
+    "write_companions",
+]

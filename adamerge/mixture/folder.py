@@ -16,7 +16,7 @@ from adamerge.coefficients import Routing
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
 from adamerge.models import Backbone, Head, OpenClipBackbone
-from adamerge.models.open_clip import CONFIG
+from adamerge.models.open_clip import CONFIG, read_config
 from adamerge.state import State
 from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
 from adamerge.vectors.ternary import TernaryBlock
@@ -49,11 +49,14 @@ def save_mixture(
         overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
 
     Raises:
-        InputError: ``out`` exists, or the experts are stored in files of their own.
+        InputError: ``out`` exists, ``like`` has no configuration, or the experts are stored in files of
+            their own.
         EnvironmentProblem: The disk is full or not writable.
     """
     out = Path(out)
     refuse_existing(out, overwrite=overwrite)
+    if like is not None:
+        read_config(Path(like))
     tensors, blocks = _packed(mixture)
     require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors.values()))
     document = _header(mixture.heads, mixture.classes, provenance) | {
@@ -123,8 +126,14 @@ def _static(path: Path, document: Mapping[str, Any], backbone: Backbone) -> Mixt
 
 def _mixture(tensors: State, document: Mapping[str, Any], backbone: Backbone) -> Mixture:
     routing = _routing(document["routing"])
-    heads = _heads(document["heads"], tensors)
-    mixture = Mixture(_vectors(document, tensors), backbone, heads, routing, document["classes"])
+    vectors, heads = _vectors(document, tensors), _heads(document["heads"], tensors)
+    mixture = Mixture(vectors, backbone, heads, routing, document["classes"])
+    strange = [name for name in vectors.base_state() if name not in mixture.read]
+    if strange:
+        raise InputError(
+            f"the backbone does not read {shortlist(strange)} of the model.",
+            "Give the architecture, and the prefix, that it was saved with.",
+        )
     if routing is not None:
         routing.load_state_dict(_under("router/", tensors))
     return mixture
@@ -191,6 +200,7 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))
         version = document["schema_version"]
+        is_newer = version > _SCHEMA
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path} holds no model of adamerge: it has no {DOCUMENT}.",
@@ -198,7 +208,7 @@ def _document(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path / DOCUMENT} is damaged: {error}.", "Copy it again.") from error
-    if version > _SCHEMA:
+    if is_newer:
         raise InputError(f"{path} was written by a newer adamerge (schema {version}).", "Update adamerge.")
     return document
 

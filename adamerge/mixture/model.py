@@ -260,7 +260,8 @@ class Mixture(nn.Module):
         """Move what is no parameter along with the router: `to(device)`."""
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
-        rest = {n: x.to(device) if n in self.read else x for n, x in self.vectors.rest.items()}
+        read = self.read
+        rest = {n: x.to(device) if n in read else x for n, x in self.vectors.rest.items()}
         self.vectors = replace(self.vectors.to(device), rest=rest)
         self.backbone = self.backbone.to(device)
         self.heads = {task: head.to(device) for task, head in self.heads.items()}

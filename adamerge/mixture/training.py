@@ -15,9 +15,8 @@ from torch import Tensor
 from adamerge.errors import InputError
 from adamerge.mixture.gates import Gates
 from adamerge.mixture.model import Mixture
-from adamerge.objectives import Mixed, Objective
-
-Batch = Mapping[str, Mapping[str, Tensor]]
+from adamerge.mixture.passes import Batch, joined_images, task_losses
+from adamerge.objectives import Objective
 
 
 class RouterResult(NamedTuple):
@@ -101,24 +100,12 @@ class RouterStep:
     ) -> dict[str, Tensor]:
         if self.objective.reads == "routing":
             found = {task: self.objective(leaves[task], task) for task in tasks}
-        else:
-            found = self._predicted(tasks, batch, leaves, teacher)
-        return {task: loss for task, loss in found.items() if loss is not None}
-
-    def _predicted(
-        self, tasks: Sequence[str], batch: Batch, leaves: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
-    ) -> dict[str, Tensor | None]:
-        images = torch.cat([batch[task]["images"] for task in tasks])
-        sizes = [len(batch[task]["images"]) for task in tasks]
+            return {task: loss for task, loss in found.items() if loss is not None}
+        images = joined_images(tasks, batch)
         if leaves:
             gates = Gates.of_logits(self.routing, torch.cat([leaves[task] for task in tasks]))
         else:
             gates = Gates(self.routing, len(images))
-        features = self.mixture.features(images, gates).split(sizes)
-        routing = gates.mean_logits().split(sizes)
-        found = {}
-        for i, task in enumerate(tasks):
-            known = teacher[task][batch[task]["index"]] if task in teacher else None
-            more: dict[str, Any] = {"routing": routing[i]} if isinstance(self.objective, Mixed) else {}
-            found[task] = self.objective(self.mixture.heads[task].logits(features[i]), task, known, **more)
-        return found
+        features = self.mixture.features(images, gates)
+        model: dict[str, Any] = {"heads": self.mixture.heads, "objective": self.objective, "teacher": teacher}
+        return task_losses(features, tasks, batch, routing=gates.mean_logits(), **model)
