@@ -48,14 +48,12 @@ class Benchmark:
 
     def __init__(self, config: Path, out: Path) -> None:
         self.config, self.out = config, out
+        model, data = read_benchmark(config, "model", "data")
         try:
-            document = yaml.safe_load(config.read_text(encoding="utf-8"))
-            self.base: str = document["model"]["base"]
-            self.experts: dict[str, str] = document["model"]["experts"]
-            data: dict[str, Any] = document["data"]
-            tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
-            self.data = MultiTaskData(tasks, **data)
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            self.base: str = model["base"]
+            self.experts: dict[str, str] = model["experts"]
+            self.data = MultiTaskData(data.pop("tasks"), **data)
+        except (KeyError, TypeError) as error:
             raise InputError(
                 f"{config} is no benchmark: {type(error).__name__} {error}.",
                 "It needs model.base, model.experts and data.tasks; see configs/benchmarks/embedded.yaml.",
@@ -170,16 +168,8 @@ class Benchmark:
     @cached_property
     def _statistics(self) -> Statistics:
         """Statistics of the experts on the unlabelled adaptation images."""
-        vectors, base = self._vectors, self._digests["base"]
-        images = "/".join(self.data.fingerprint().values())
-        return Statistics(
-            self._backbone,
-            self._heads,
-            {task: self.data.adaptation(task).images for task in vectors.tasks},
-            lambda task: vectors.state(vectors.one_hot(task)),
-            cache=self.out / "statistics",
-            keys={task: f"{base}/{self._digests[task]}/{images}" for task in vectors.tasks},
-        )
+        opened = self._vectors, self._backbone, self._heads, self.data
+        return expert_statistics(*opened, self._digests, cache=self.out / "statistics")
 
     @cached_property
     def _opened(self) -> tuple[TaskVectors, OpenClipBackbone]:
@@ -198,6 +188,55 @@ class Benchmark:
     @cached_property
     def _heads(self) -> dict[str, Head]:
         return zero_shot_heads(locate(self.base), self.data.tasks)
+
+
+def read_benchmark(config: Path, *parts: str) -> list[Any]:
+    """Read parts of a benchmark's YAML file, such as "model" and "data"; tasks become rows.
+
+    Raises:
+        InputError: The file is no benchmark.
+    """
+    try:
+        document = yaml.safe_load(config.read_text(encoding="utf-8"))
+        found = [document[part] for part in parts]
+        for part in found:
+            if "tasks" in part:
+                part["tasks"] = {name: TaskSpec(**row) for name, row in part["tasks"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{config} is no benchmark: {type(error).__name__} {error}.",
+            "It needs model.base, model.experts and data.tasks; see configs/benchmarks/embedded.yaml.",
+        ) from error
+    return found
+
+
+def expert_statistics(
+    vectors: TaskVectors,
+    backbone: OpenClipBackbone,
+    heads: Mapping[str, Head],
+    data: MultiTaskData,
+    digests: Mapping[str, str],
+    **options: Any,
+) -> Statistics:
+    """Prepare statistics of the experts on the unlabelled adaptation images.
+
+    Args:
+        vectors: The experts.
+        backbone: Features of any weights.
+        heads: Every task's head.
+        data: The images.
+        digests: SHA-256 of base and experts.
+        options: Those of `Statistics`, with its cache.
+    """
+    images = "/".join(data.fingerprint().values())
+    return Statistics(
+        backbone,
+        heads,
+        {task: data.adaptation(task).images for task in vectors.tasks},
+        lambda task: vectors.state(vectors.one_hot(task)),
+        keys={task: f"{digests['base']}/{digests[task]}/{images}" for task in vectors.tasks},
+        **options,
+    )
 
 
 def _is_static(method: str) -> bool:

@@ -31,6 +31,7 @@ from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.models import OpenClipBackbone, zero_shot_heads
 from adamerge.models.open_clip import require_same_configuration
 from adamerge.objectives import Objective
+from adamerge.plots import write_routing
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
 from adamerge.state import State
@@ -300,6 +301,8 @@ class RunCLI(LightningCLI):
         if self.trainer.is_global_zero:
             row = self.result()
             write_row(self.folder / "result.json", row)
+            if row.details.get("routing"):
+                write_routing(self.folder, row.details["experts"], row.details["routing"])
             write_text(self.folder / "merged" / "README.md", self._card(row))
             provenance.write_manifest(self.folder)
             print_table([row], str(self.folder))
@@ -363,6 +366,8 @@ class RunCLI(LightningCLI):
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
             if isinstance(logger, SafeWandbLogger):
+                if row.details.get("routing"):
+                    logger.log_picture("routing/map", str(self.folder / "routing.png"))
                 logger.close()
 
     def _claim_folder(self) -> None:
@@ -413,7 +418,8 @@ class RunCLI(LightningCLI):
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
         config = yaml.safe_load(self._resolved())
-        return provenance.model_card(sources, self.model.vectors.digests, config, row)
+        routed, digests = self.model.mixture is not None, self.model.vectors.digests
+        return provenance.model_card(sources, digests, config, row, routed=routed)
 
 
 def _is_first_process() -> bool:

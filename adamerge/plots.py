@@ -1,15 +1,17 @@
 """Pictures of what was learned; matplotlib is imported only here, and only when a picture is made."""
 
 import csv
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, special
 
-from adamerge.atomic import atomic_file
+from adamerge.atomic import atomic_file, write_text
 from adamerge.errors import EnvironmentProblem
 from adamerge.results import ResultRow
 
@@ -40,11 +42,63 @@ def pair_map(
     """Draw values between 0 and 1 (between -1 and 1 if `signed`) for all pairs of tasks, and write them."""
     colours = {"cmap": "RdBu_r", "vmin": -1} if signed else {"cmap": "Reds", "vmin": 0}
     figure = _map(tasks, tasks, values, title, cell=0.5, vmax=1, **colours)
-    for i, row in enumerate(values.tolist()):
-        for j, value in enumerate(row):
-            colour = "white" if abs(value) > 0.6 else "black"
-            text = "-" if math.isnan(value) else f"{value:.2f}"
-            figure.axes[0].text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    _write_values(figure, values)
+    return figure
+
+
+def routing_map(
+    tasks: Sequence[str], experts: Sequence[str], values: Float[Tensor, "task expert"]
+) -> "Figure":
+    """Draw and write mean routing weights, task by expert, and beside them each task's `spread`."""
+    limit = max(1.0, float(values.abs().max()))
+    colours = {"cmap": "RdBu_r", "vmin": -limit} if values.min() < 0 else {"cmap": "Reds", "vmin": 0}
+    figure = _map(tasks, experts, values, "mean routing weight", cell=0.5, vmax=limit, **colours)
+    _write_values(figure, values, limit)
+    bars = figure.axes[0].inset_axes((1.04, 0, 0.4, 1), sharey=figure.axes[0])
+    bars.barh(range(len(tasks)), spread(values).tolist(), color="#9ecae1")
+    bars.tick_params(labelleft=False)
+    bars.set_xlim(0, 1)
+    bars.set_title("entropy / log T")
+    return figure
+
+
+def spread(values: Float[Tensor, "task expert"]) -> Float[Tensor, " task"]:
+    """Give the entropy of each task's mean routing weights, in units of log T.
+
+    0: all its images go to one expert; 1: all experts share alike; NaN: no expert has any weight. Weights
+    that do not sum to 1 are divided by the sum of their magnitudes.
+    """
+    shares = values.abs() / values.abs().sum(1, keepdim=True)
+    return special.entr(shares).sum(1) / math.log(max(values.shape[1], 2))
+
+
+def write_routing(folder: Path, experts: Sequence[str], routing: Mapping[str, Sequence[float]]) -> None:
+    """Write ``routing.csv`` and ``routing.png``: each task's mean routing weights and their `spread`."""
+    values = torch.tensor(list(routing.values()))
+    rows = zip(routing, values.tolist(), spread(values).tolist(), strict=True)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["task", *experts, "entropy"])
+    writer.writerows([task, *map(repr, row), repr(entropy)] for task, row, entropy in rows)
+    write_text(folder / "routing.csv", stream.getvalue())
+    save_picture(folder / "routing.png", lambda: routing_map(list(routing), experts, values))
+
+
+def bytes_curve(rows: Sequence[ResultRow]) -> "Figure":
+    """Draw the mean accuracy of every row that tells its stored bytes against their sum."""
+    points = [
+        (sum(part["n_bytes"] for part in row.details["stored"].values()) / 2**20, row.mean, row.method)
+        for row in rows
+        if row.details.get("stored") and row.mean is not None
+    ]
+    figure = _figure(width=7.0, height=4.0)
+    axes = figure.add_subplot()
+    for size, mean, method in sorted(points):
+        axes.plot(size, mean, "o", color="#3182bd")
+        axes.annotate(method, (size, mean), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("stored, MiB (shared model, experts, router, heads)")
+    axes.set_ylabel("mean top-1 accuracy, %")
     return figure
 
 
@@ -108,6 +162,15 @@ def _map(
     axes.set_xticks(range(len(groups)), _short(groups), rotation=90, fontsize=6)
     axes.set_title(title)
     return figure
+
+
+def _write_values(figure: "Figure", values: Tensor, limit: float = 1.0) -> None:
+    """Write a map's values into its cells, white on what is dark."""
+    for i, row in enumerate(values.tolist()):
+        for j, value in enumerate(row):
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            text = "-" if math.isnan(value) else f"{value:.2f}"
+            figure.axes[0].text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def require_matplotlib() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 import adamerge
 from adamerge.atomic import write_text
 from adamerge.errors import InputError, shortlist
-from adamerge.results import ResultRow, markdown_table
+from adamerge.results import ResultRow, make_row, markdown, markdown_table
 
 MANIFEST, INPUTS = "manifest.json", "inputs.json"
 SCHEMA_VERSION = 1  # of the files that a run writes
@@ -24,6 +24,25 @@ _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "config.save_every",
     "config.run_dir",
 )
+_STATIC = "The weights are one static model in the base's own layout; they load without adamerge.\n"
+_ROUTED = """Every input gets weights of its own: the shared model plus a mixture of the experts. adamerge
+loads them, and runs no code of this folder:
+
+```python
+import adamerge
+
+model = adamerge.load("FOLDER")  # this folder, or its hub id
+found = model.predict(images)  # PIL images; found.task, .class_name, .probability, .weights (of the experts)
+```
+
+`adamerge predict --model FOLDER --data IMAGES --out FILE.parquet` does the same for a folder of images.
+"""
+_BASELINES = {
+    "oracle": "the true task's expert",
+    "hard_top_1": "the router's best expert alone",
+    "uniform": "all experts alike",
+    "shared": "the shared model alone",
+}
 _VOLATILE = ("wandb",)  # W&B goes on writing to its folder
 
 
@@ -97,6 +116,8 @@ def model_card(
     digests: Mapping[str, str],
     config: Mapping[str, Any],
     row: ResultRow | None = None,
+    *,
+    routed: bool = False,
 ) -> str:
     """Write a model card in the hub's form: front matter, what was merged, how, and how well.
 
@@ -105,6 +126,7 @@ def model_card(
         digests: SHA-256 of the same.
         config: The resolved configuration.
         row: The evaluated row, once there is one.
+        routed: Whether every input gets a mixture of its own.
     """
     front = {
         "tags": ["merge", "adamerge"],
@@ -112,13 +134,38 @@ def model_card(
         "base_model_relation": "merge",
     }
     listed = "\n".join(f"- {name}: `{path}` (SHA-256 `{digests[name]}`)" for name, path in sources.items())
-    results = f"## Top-1 accuracy, %\n\n{markdown_table([row])}\n" if row and row.accuracy else ""
+    measured = "".join(f"## {title}\n\n{text}\n" for title, text in _measured(row)) if row else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# Merged by adamerge {adamerge.__version__}: {config.get('method', 'adaptive')}\n\n{listed}\n\n"
-        "The weights are one static model in the base's own layout; they load without adamerge.\n\n"
-        f"{results}## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
+        f"{_ROUTED if routed else _STATIC}\n{measured}"
+        f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
     )
+
+
+def _measured(row: ResultRow) -> Iterator[tuple[str, str]]:
+    """Give titles and texts of what a row tells; a routed model's stands beside its baselines."""
+    found = row.details
+    if row.accuracy:
+        baselines = found.get("baselines", {})
+        rows = [row, *(make_row(name, accuracy) for name, accuracy in baselines.items())]
+        told = [f"- {name}: {what}\n" for name, what in _BASELINES.items() if name in baselines]
+        yield "Top-1 accuracy, %", "".join([markdown_table(rows), "\n" * bool(told), *told])
+    if found.get("routing"):
+        lines = [[task, *(f"{w:.2f}" for w in weights)] for task, weights in found["routing"].items()]
+        yield "Mean routing weight of each expert", markdown([["images of", *found["experts"]], *lines])
+    if found.get("stored"):
+        parts = [[part, size["scalars"], size["n_bytes"]] for part, size in found["stored"].items()]
+        total = ["sum", *(sum(column) for column in list(zip(*parts, strict=True))[1:])]
+        lines = [[part, *(f"{count:,}" for count in counts)] for part, *counts in [*parts, total]]
+        yield "Stored", markdown([["part", "numbers", "bytes"], *lines])
+    if found.get("seconds_per_batch"):
+        shared, mixture = (1000 * found["seconds_per_batch"][key] for key in ("shared", "mixture"))
+        yield (
+            "Latency",
+            f"The router and the mixture add {mixture - shared:.1f} ms to a batch: {mixture:.1f} ms instead "
+            f"of {shared:.1f} ms for the shared model alone (medians, measured where the model was made).\n",
+        )
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -87,7 +87,12 @@ def write_table(folder: Path, rows: Sequence[ResultRow], stem: str = "results") 
 
 def markdown_table(rows: Sequence[ResultRow]) -> str:
     """Give the table in Markdown."""
-    header, *lines = table_lines(rows)
+    return markdown(table_lines(rows))
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Give lines of cells, the first of which is the header, as a Markdown table."""
+    header, *lines = lines
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return "".join("| " + " | ".join(line) + " |\n" for line in (header, ruler, *lines))
 

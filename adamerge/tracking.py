@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from jaxtyping import Float
@@ -20,6 +20,9 @@ from torch import Tensor
 from adamerge.atomic import write_text
 from adamerge.errors import AdamergeWarning, EnvironmentProblem
 from adamerge.plots import heat_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SECONDS = 10
 
@@ -113,11 +116,16 @@ class SafeWandbLogger(WandbLogger):
         step: int,
     ) -> None:
         """Log one table (task x group) and one heat map."""
-        import wandb
-
         rows = [[task, *row.tolist()] for task, row in zip(tasks, values, strict=True)]
         self.log_table("coef/table", columns=["task", *groups], data=rows, step=step)
-        self.experiment.log({"coef/heat_map": wandb.Image(heat_map(tasks, groups, values))})
+        self.log_picture("coef/heat_map", heat_map(tasks, groups, values))
+
+    @_guarded
+    def log_picture(self, name: str, picture: "Figure | str") -> None:
+        """Log one picture: a figure, or a file."""
+        import wandb
+
+        self.experiment.log({name: wandb.Image(picture)})
 
     @_guarded
     def close(self) -> None:

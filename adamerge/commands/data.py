@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import yaml
-
+from adamerge.benchmark import expert_statistics, read_benchmark
 from adamerge.commands.sources import Sources
 from adamerge.data.module import MultiTaskData
-from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
 from adamerge.models import OpenClipBackbone, Statistics, zero_shot_heads
 from adamerge.models.fisher import FisherMode
@@ -30,25 +28,21 @@ def open_statistics(
         InputError: The file is no benchmark, or lacks a task of the experts.
         DataError: Images are missing or damaged.
     """
-    try:
-        given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))["data"]
-        rows = {name: TaskSpec(**row) for name, row in given["tasks"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(f"{file} is no benchmark file ({error}).", "See configs/benchmarks/.") from error
+    [given] = read_benchmark(Path(file), "data")
+    rows = given.get("tasks", {})
     missing = [task for task in vectors.tasks if task not in rows]
     if missing:
         raise InputError(f"{file} has no images of {shortlist(missing)}.", f"It has: {shortlist(rows)}.")
     backbone = OpenClipBackbone(sources.base)
     data = MultiTaskData({task: rows[task] for task in vectors.tasks}, holdout=given.get("holdout", 0.0))
     data.preprocess = backbone.preprocess
-    digests, images = vectors.origins.digests(), data.fingerprint()
-    return Statistics(
+    return expert_statistics(
+        vectors,
         backbone,
         zero_shot_heads(sources.base, data.tasks),
-        {task: data.adaptation(task).images for task in vectors.tasks},
-        lambda task: vectors.state(vectors.one_hot(task)),
+        data,
+        vectors.origins.digests(),
         samples=samples,
         fisher_mode=fisher_mode,
         cache=cache,
-        keys={task: "/".join((digests["base"], digests[task], *images.values())) for task in vectors.tasks},
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adamerge.errors import InputError
+from adamerge.names import require_file_names
 
 EMBEDDED = "embedded:"
 DEFAULT_TEMPLATES = ["a photo of a {}."]
@@ -40,12 +41,7 @@ def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
     """
     if not tasks:
         raise InputError("no tasks were given.", "Name at least one task under data.tasks.")
-    folded: dict[str, str] = {}
-    for name in tasks:
-        if not name or any(c in name for c in '/\\:*?"<>|\0') or name.startswith("."):
-            raise InputError(f"task name {name!r} cannot be a file name.", "Use letters, digits, '-', '_'.")
-        if folded.setdefault(name.casefold(), name) != name:
-            raise InputError(f"tasks {folded[name.casefold()]!r} and {name!r} differ only in case.")
+    require_file_names(tasks)
     return {name: _complete(name, spec) for name, spec in tasks.items()}
 
 

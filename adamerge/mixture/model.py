@@ -151,6 +151,8 @@ class Mixture(nn.Module):
                 raise InputError(
                     "this routing is an oracle: it needs the true task.", "predict(..., task=NAME)"
                 )
+            if task not in self.vectors.tasks:
+                raise InputError(f"there is no expert of {task!r}.", nearest(task, self.vectors.tasks))
             features = torch.full((len(images),), self.vectors.tasks.index(task), device=images.device)
         return Gates(self.routing, len(images), features)
 

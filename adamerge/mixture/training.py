@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamerge.errors import InputError
 from adamerge.mixture.gates import Gates
@@ -39,7 +39,8 @@ class RouterStep:
         objective: What is minimised: of the routed predictions, of the router's logits, or both.
 
     Raises:
-        InputError: The objective reads a router's logits alone, and the routing has gates inside the model.
+        InputError: The routing has gates inside the model, and the objective reads a router's logits alone,
+            or those gates normalise over their batch, which is only a pass.
     """
 
     def __init__(self, mixture: Mixture, objective: Objective) -> None:
@@ -50,7 +51,17 @@ class RouterStep:
                 f"{type(objective).__name__} reads router logits; this router reads {self.routing.reads}s.",
                 "Add an objective of predictions (adamerge.Mixed), or use a router with reads='input'.",
             )
+        if self.normalises and self.routing.reads != "input":
+            raise InputError(
+                f"this router reads {self.routing.reads}s and normalises over the images of a pass alone.",
+                "Use network='mlp' or 'linear', or a router with reads='input'.",
+            )
         self._features: dict[str, Tensor] = {}
+
+    @property
+    def normalises(self) -> bool:
+        """Whether a sample's gradient depends on the samples beside it: those of a whole step are needed."""
+        return any(isinstance(module, nn.BatchNorm1d) for module in self.routing.modules())
 
     def prepare(self, task: str, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Read what the router reads of a task's images, once for the whole training."""

@@ -30,7 +30,7 @@ def product(
     For fp32 on a CPU torch takes MKL, which leaves half of the speed of AMD's processors unused; so where
     nothing is differentiated, oneDNN multiplies.
     """
-    if _ONEDNN is None or x.numel() * len(matrix) < _LARGE or not _is_plain(x, matrix):
+    if not _suits_onednn(x.numel() * len(matrix), x, matrix):
         y = functional.linear(x, matrix)
         return y if onto is None else onto.add_(y)
     if onto is None:
@@ -38,9 +38,9 @@ def product(
     return _ONEDNN.binary(x, onto, matrix, None, "add")
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether this is inference in fp32 on a CPU."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+def _suits_onednn(count: int, *tensors: Tensor) -> bool:
+    """Whether this many multiplications are many, and inference in fp32 on a CPU."""
+    if _ONEDNN is None or count < _LARGE or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     learnt = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return not learnt and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
@@ -146,7 +146,7 @@ def _products(
     x: Float[Tensor, "sample row in"], matrices: Float[Tensor, "sample out in"]
 ) -> Float[Tensor, "sample row out"]:
     """Apply each matrix to its sample's rows."""
-    if _is_plain(x, matrices):
+    if _suits_onednn(x[0].numel() * matrices.shape[1], x, matrices):
         return torch.stack([product(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
     return torch.bmm(x, matrices.mT)
 
