@@ -20,7 +20,7 @@ from adamerge.errors import InputError, nearest
 from adamerge.evaluation import Evaluation, evaluate
 from adamerge.fitting import locate, open_vectors, run, weight_digests
 from adamerge.models import Head, OpenClipBackbone, Statistics, walk, zero_shot_heads
-from adamerge.plots import accuracy_bars, save_picture
+from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
 from adamerge.state import State
@@ -82,6 +82,8 @@ class Benchmark:
         """Write and print the table, and draw the bars."""
         write_table(self.out, rows)
         save_picture(self.out / "accuracy.png", lambda: accuracy_bars(rows))
+        if sum(bool(row.details.get("stored")) for row in rows) > 1:
+            save_picture(self.out / "accuracy_bytes.png", lambda: bytes_curve(rows))
         print_table(rows, title)
 
     def folder(self, method: str) -> Path:

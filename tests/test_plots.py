@@ -1,5 +1,7 @@
 """Pictures show the numbers that they were given, and are files of the right kind."""
 
+import csv
+import math
 import sys
 from pathlib import Path
 
@@ -7,7 +9,18 @@ import pytest
 import torch
 
 from adamerge.errors import EnvironmentProblem
-from adamerge.plots import accuracy_bars, block_map, heat_map, learning_curves, pair_map, save_picture
+from adamerge.plots import (
+    accuracy_bars,
+    block_map,
+    bytes_curve,
+    heat_map,
+    learning_curves,
+    pair_map,
+    routing_map,
+    save_picture,
+    spread,
+    write_routing,
+)
 from adamerge.results import make_row
 
 pytest.importorskip("matplotlib")
@@ -96,3 +109,50 @@ def test_pictures_of_nothing_are_drawn_without_a_complaint(tmp_path: Path) -> No
     save_picture(tmp_path / "blocks.png", lambda: block_map(["a"], ["b", "c"], nothing, "norm"))
     save_picture(tmp_path / "pairs.png", lambda: pair_map(["a"], nothing[:, :1], "cosine"))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+class TestRouting:
+    def test_weights_are_written_beside_each_tasks_entropy(self) -> None:
+        values = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+        (axes,) = routing_map(["cars", "digits"], ["a", "b"], values).axes
+        assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.50", "0.50"]
+        assert axes.images[0].get_clim() == (0, 1)
+        (bars,) = axes.child_axes
+        assert [bar.get_width() for bar in bars.patches] == [0, 1]
+
+    @pytest.mark.parametrize(("values", "limits"), [([[0.5, 2.5]], (0, 2.5)), ([[0.5, -2]], (-2, 2))])
+    def test_weights_that_are_no_shares_are_drawn_whole(
+        self, values: list, limits: tuple[float, float]
+    ) -> None:
+        (image,) = routing_map(["cars"], ["a", "b"], torch.tensor(values)).axes[0].images
+        assert image.get_clim() == limits
+
+    def test_the_entropy_is_between_one_expert_and_all_alike(self) -> None:
+        values = torch.tensor([[0, 3.0, 0], [0.3, 0.3, 0.3], [0, 0.5, 0.5], [0, 0, 0]])
+        found = spread(values)
+        assert found[:3].tolist() == pytest.approx([0, 1, math.log(2) / math.log(3)])
+        assert found[3].isnan()
+        assert spread(torch.ones(1, 1)).tolist() == [0]
+
+    def test_files_hold_every_weight_exactly(self, tmp_path: Path) -> None:
+        write_routing(tmp_path, ["a", "b"], {"cars, red": [0.1, 0.9], "digits": [1.0, 0.0]})
+        with (tmp_path / "routing.csv").open(newline="") as stream:
+            header, cars, digits = csv.reader(stream)
+        assert header == ["task", "a", "b", "entropy"]
+        assert [cars[0], *map(float, cars[1:3])] == ["cars, red", *torch.tensor([0.1, 0.9]).tolist()]
+        assert digits == ["digits", "1.0", "0.0", "0.0"]
+        assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_is_drawn_against_the_sum_of_stored_bytes() -> None:
+    stored = {"shared": {"scalars": 0, "n_bytes": 2**20}, "router": {"scalars": 0, "n_bytes": 2**19}}
+    rows = [
+        make_row("rank 10", {"cars": 60.0, "digits": 90.0}, details={"stored": stored}),
+        make_row("rank 2", {"cars": 50.0}, details={"stored": {"shared": stored["shared"]}}),
+        make_row("ties", {"cars": 40.0}),
+        make_row("unmeasured", {}, details={"stored": stored}),
+    ]
+    (axes,) = bytes_curve(rows).axes
+    assert [text.get_text() for text in axes.texts] == ["rank 2", "rank 10"]
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+    assert points == [(1.0, 50.0), (1.5, 75.0)]

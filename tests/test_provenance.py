@@ -103,3 +103,44 @@ def test_the_model_card_is_front_matter_and_text() -> None:
     assert "| ties | 80.0 | 90.0 | 85.0 | - |" in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == config
     assert "accuracy" not in model_card(sources, digests, config)
+
+
+DETAILS = {
+    "experts": ["cars", "digits"],
+    "routing": {"cars": [0.75, 0.25], "digits": [0.0, 1.0]},
+    "baselines": {"oracle": {"cars": 90.0, "digits": 95.0}, "shared": {"cars": 50.0, "digits": 60.0}},
+    "stored": {"shared": {"scalars": 1000, "n_bytes": 4000}, "router": {"scalars": 5, "n_bytes": 20}},
+    "seconds_per_batch": {"shared": 0.1, "mixture": 0.125},
+}
+
+
+class TestCardsOfRoutedModels:
+    def card(self, **details: Any) -> str:
+        row = make_row("twin", {"cars": 80.0, "digits": 90.0}, details=details)
+        return model_card({}, {}, {"method": "twin"}, row, routed=True)
+
+    def test_the_card_is_the_same_before_evaluation_but_for_results(self) -> None:
+        before = model_card({}, {}, {"method": "twin"}, routed=True)
+        titles = [line for line in before.splitlines() if line.startswith("#")]
+        assert titles == [f"# Merged by adamerge {adamerge.__version__}: twin", "## Configuration"]
+        for card in (before, self.card(**DETAILS)):
+            assert 'model = adamerge.load("FOLDER")' in card
+            assert "static" not in card
+
+    def test_baselines_stand_beside_the_router_and_are_explained(self) -> None:
+        card = self.card(**DETAILS)
+        assert "| twin | 80.0 | 90.0 | 85.0 | - |\n| oracle | 90.0 | 95.0 | 92.5 | - |\n| shared |" in card
+        assert "- oracle: the true task's expert\n- shared: the shared model alone\n" in card
+        assert "- uniform" not in card
+
+    def test_routing_bytes_and_latency_are_told(self) -> None:
+        card = self.card(**DETAILS)
+        assert "| images of | cars | digits |\n| --- | ---: | ---: |\n| cars | 0.75 | 0.25 |\n" in card
+        assert "| shared | 1,000 | 4,000 |\n| router | 5 | 20 |\n| sum | 1,005 | 4,020 |\n" in card
+        assert "add 25.0 ms to a batch: 125.0 ms instead of 100.0 ms" in card
+
+    def test_what_was_not_measured_is_left_out(self) -> None:
+        card = self.card(experts=["cars"], routing={}, baselines={}, stored=DETAILS["stored"])
+        titles = [line for line in card.splitlines() if line.startswith("## ")]
+        assert titles == ["## Top-1 accuracy, %", "## Stored", "## Configuration"]
+        assert "- oracle" not in card

@@ -60,7 +60,7 @@ def predict(
     images = ImageStream(data, "--data")
     mixture = load(model).to(_device(device))
     problems = _write(target, mixture, images, task, batch_size)
-    console.print(f"{out}: predictions of {len(images) - len(problems)} images.")
+    console.print(f"{out}: predictions of {len(images) - len(problems)} images.", soft_wrap=True)
     _tell(problems, len(images), target)
     return 0
 

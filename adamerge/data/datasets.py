@@ -105,8 +105,9 @@ class Chunk(NamedTuple):
 class ImageStream:
     """A source's images in its own order, decoded a few at a time; labels are not read.
 
-    Nothing is left out silently: an image that cannot be decoded is told in its place, and files of a
-    folder whose suffix is no image's are named in a warning. Hidden files do not count.
+    Nothing is left out silently: an image that cannot be decoded is told in its place; a folder's files
+    whose suffix is no image's, and images beside parquet files, are named in a warning. Hidden files do
+    not count.
 
     Args:
         source: As for `load_images`.
@@ -128,13 +129,11 @@ class ImageStream:
         rows = open_rows(source, role)
         column = image_column(rows, source, role)
         self._images = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
-        others = files_of(Path(source), images=False) if layout_of(Path(source)) == "folder" else []
+        path, layout = Path(source), layout_of(Path(source))
+        listed = path.is_dir() and layout != "datasets"
+        others = files_of(path, images=layout == "parquet") if listed else []
         if others:
-            warnings.warn(
-                f"{role}: left out what is named like no image: {shortlist(others)}.",
-                AdamergeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{role}: these were left out: {shortlist(others)}.", AdamergeWarning, stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._images)

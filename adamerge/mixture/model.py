@@ -149,7 +149,7 @@ class Mixture(nn.Module):
         elif self.routing.reads == "task":
             if task is None:
                 raise InputError(
-                    "this routing is an oracle: it needs the true task.", "predict(..., task=NAME)"
+                    "this routing is an oracle: it needs the true task.", "Pass task=NAME (--task NAME)."
                 )
             if task not in self.vectors.tasks:
                 raise InputError(f"there is no expert of {task!r}.", nearest(task, self.vectors.tasks))
