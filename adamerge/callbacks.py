@@ -270,6 +270,7 @@ class CollapseGuard(pl.Callback):
         self.verdict = ""
         self._start: dict[str, Signs] = {}
         self._best: dict[str, Any] = {"agreement": -1.0, "step": 0, "values": {}}
+        self._last: dict[str, Tensor] = {}  # the end, where a run went back to its best
         self._images: dict[str, Images] = {}
         self._expert: dict[str, Tensor] = {}
 
@@ -279,14 +280,15 @@ class CollapseGuard(pl.Callback):
             trainer.should_stop = True
         if self.verdict or not self.every_n_steps:
             return
-        for task in pl_module.data.tasks:
-            held_out = pl_module.data.held_out(task)
-            if len(held_out) >= _FEWEST:
-                self._images[task] = held_out.part(torch.arange(min(self.max_images, len(held_out))))
-                self._expert[task] = pl_module.expert_logits(task, self._images[task])
+        if self._last:  # a run that had ended goes on from its end
+            pl_module.coefficients.load_state_dict(self._last)
+            self._last = {}
+        self._listen(pl_module)
         if self._expert and not self._start:
             self._start = self._look(pl_module)
             self._remember(trainer, pl_module, self._start)
+        elif self._expert and trainer.global_step % self.every_n_steps == 0:  # a look may have been cut off
+            self._judge(trainer, pl_module, self._look(pl_module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: MergeTask, *_: Any) -> None:  # type: ignore[override]  # ours only
         """Look now and then; stop and roll back at the first sign of collapse."""
@@ -294,31 +296,50 @@ class CollapseGuard(pl.Callback):
             return
         signs = self._look(pl_module)
         pl_module.log("guard/agreement", _mean_agreement(signs))
-        reason = self._collapse_in(signs)
-        if trainer.world_size > 1:  # processes must stop together, whatever their rounding
-            reason = trainer.strategy.broadcast(reason)
-        if reason:
-            self._roll_back(trainer, pl_module, reason)
-        else:
-            self._remember(trainer, pl_module, signs)
+        self._judge(trainer, pl_module, signs)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Go back to the best coefficients where they are wanted."""
-        if self.keep == "last" or self.verdict or not self._expert:
+        if self.keep == "last" or self.verdict or self._last:
             return
-        self._remember(trainer, pl_module, self._look(pl_module))
-        pl_module.coefficients.load_state_dict(self._best["values"])
+        if not self._expert:
+            self._listen(pl_module)
+        if self._expert:
+            self._remember(trainer, pl_module, self._look(pl_module))
+            self._last = _copy_of(pl_module.coefficients)
+            pl_module.coefficients.load_state_dict(self._best["values"])
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
+        """Do so too where a run resumes after its last step, and nothing is left to train."""
+        self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Remember start and best across a resume."""
         start = {task: tuple(sign) for task, sign in self._start.items()}
-        return {"start": start, "best": self._best, "verdict": self.verdict}
+        return {"start": start, "best": self._best, "last": self._last, "verdict": self.verdict}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take them back."""
         self._start = {task: Signs(*sign) for task, sign in state_dict["start"].items()}
-        self._best = dict(state_dict["best"])
+        self._best, self._last = dict(state_dict["best"]), dict(state_dict.get("last", {}))
         self.verdict = state_dict["verdict"]
+
+    def _listen(self, module: MergeTask) -> None:
+        """Hear the experts."""
+        for task in module.data.tasks:
+            held_out = module.data.held_out(task)
+            if len(held_out) >= _FEWEST:
+                self._images[task] = held_out.part(torch.arange(min(self.max_images, len(held_out))))
+                self._expert[task] = module.expert_logits(task, self._images[task])
+
+    def _judge(self, trainer: pl.Trainer, module: MergeTask, signs: Mapping[str, Signs]) -> None:
+        reason = self._collapse_in(signs)
+        if trainer.world_size > 1:  # processes must stop together, whatever their rounding
+            reason = trainer.strategy.broadcast(reason)
+        if reason:
+            self._roll_back(trainer, module, reason)
+        else:
+            self._remember(trainer, module, signs)
 
     def _look(self, module: MergeTask) -> dict[str, Signs]:
         return {
@@ -341,8 +362,8 @@ class CollapseGuard(pl.Callback):
     def _remember(self, trainer: pl.Trainer, module: MergeTask, signs: Mapping[str, Signs]) -> None:
         agreement = _mean_agreement(signs)
         if agreement > self._best["agreement"]:
-            values = {n: t.detach().cpu().clone() for n, t in module.coefficients.state_dict().items()}
-            self._best = {"agreement": agreement, "step": trainer.global_step, "values": values}
+            values, step = _copy_of(module.coefficients), trainer.global_step
+            self._best = {"agreement": agreement, "step": step, "values": values}
 
     def _roll_back(self, trainer: pl.Trainer, module: MergeTask, reason: str) -> None:
         module.coefficients.load_state_dict(self._best["values"])
@@ -353,6 +374,10 @@ class CollapseGuard(pl.Callback):
         )
         warnings.warn(f"collapse guard: {self.verdict}.", AdamergeWarning, stacklevel=2)
         trainer.should_stop = True
+
+
+def _copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
 def _mean_agreement(signs: Mapping[str, Signs]) -> float:

@@ -28,6 +28,7 @@ from adamerge.data.tasks import TaskSpec
 from adamerge.errors import AdamergeError, InputError, nearest
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
+from adamerge.mixture import latency, stored
 from adamerge.models import OpenClipBackbone, zero_shot_heads
 from adamerge.models.open_clip import require_same_configuration
 from adamerge.objectives import Objective
@@ -355,8 +356,8 @@ class RunCLI(LightningCLI):
             "experts": list(mixture.vectors.tasks),
             "routing": evaluation.routing,
             "baselines": {name: self.model.evaluation(model).known for name, model in baselines.items()},
-            "stored": {part: size._asdict() for part, size in mixture.storage().items()},
-            "seconds_per_batch": mixture.latency(images[: self.datamodule.eval_batch_size]),
+            "stored": {part: size._asdict() for part, size in stored(mixture).items()},
+            "seconds_per_batch": latency(mixture, images[: self.datamodule.eval_batch_size]),
         }
 
     def _log(self, row: ResultRow) -> None:

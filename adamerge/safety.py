@@ -27,13 +27,22 @@ class LastGood:
         states = [optimizer.state_dict() for optimizer in optimizers]
         self._candidate = copy.deepcopy((dict(module.state_dict()), states))
 
+    @property
+    def began(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """Coefficients and moments that the step under way started from; None between steps."""
+        return self._candidate
+
+    def finish(self) -> None:
+        """The step is done: what it left counts from now on."""
+        self._candidate = None
+
     def accept(self) -> None:
         """Losses and gradient at the considered state were finite: it is good."""
         self._good = self._candidate
 
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Go back to the last good state, or to the first one where none proved good."""
-        state = self._good or self._candidate
+        state, self._candidate = self._good or self._candidate, None
         if state is not None:
             module.load_state_dict(state[0])
             for optimizer, moments in zip(optimizers, state[1], strict=True):

@@ -85,6 +85,7 @@ class MergeTask(pl.LightningModule):
         self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
         self.losses: dict[str, Any] = {}  # floats, but tensors within a step
         self._last_good = LastGood()
+        self._memory: dict[str, float] = {}  # the objective's, when the step began
         self._teacher: dict[str, Tensor] = {}
         self._weights: State = {}
         self._fixed: dict[str, Tensor] = {}
@@ -167,6 +168,7 @@ class MergeTask(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the objective forget the last step, and remember where this one starts."""
         self.objective.begin_step()
+        self._memory = self.objective.per_task_state()
         self._last_good.consider(self.coefficients, self._optimizers())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -229,6 +231,7 @@ class MergeTask(pl.LightningModule):
         if due:
             self.objective.forget()
             self.restart_coefficients()
+        self._last_good.finish()
 
     def restart_coefficients(self) -> None:
         """Go back to the initial coefficients and forget the optimizer's moments."""
@@ -387,6 +390,11 @@ class MergeTask(pl.LightningModule):
                 "the tasks are dealt out to the processes here, not by Lightning.",
                 "Pass Trainer(use_distributed_sampler=False).",
             )
+        if stage == "fit" and self._world_size() > 1 and self._router_step and self._router_step.normalises:
+            raise InputError(
+                "this router normalises over the images of all tasks, and each process has some tasks alone.",
+                "Use network='linear', or --trainer.devices 1.",
+            )
         for task in self.data.tasks:
             labels = self.data.tasks[task].classes
             if labels and len(labels) != len(self.heads[task].weight):
@@ -398,6 +406,7 @@ class MergeTask(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the frozen parts to the device and cache what teachers say and routers read."""
+        (self.mixture or self.coefficients).train()
         self._place()
         if self._router_step is not None:
             for task in track(self.data.tasks_here(), "Caching what the router reads"):
@@ -406,6 +415,10 @@ class MergeTask(pl.LightningModule):
             for task in track(self.data.tasks_here(), "Caching the experts' predictions"):
                 logits = self.expert_logits(task, self.data.adaptation(task))
                 self._teacher[task] = self._on_device(logits)
+
+    def on_fit_end(self) -> None:
+        """From now on a router gives each sample its mixture, whatever is beside it."""
+        (self.mixture or self.coefficients).eval()
 
     def on_validation_start(self) -> None:
         """Merge once for the whole pass."""
@@ -423,12 +436,20 @@ class MergeTask(pl.LightningModule):
         self._merge_for_evaluation()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what resuming must agree with; coefficients and optimizer are there already."""
+        """Add what resuming must agree with; coefficients and optimizer are there already.
+
+        Of a step that was cut off nothing is kept: normalisation and averages have seen its batch.
+        """
+        memory, began = self.objective.per_task_state(), self._last_good.began
+        if began is not None:
+            memory, state = self._memory, began[0]
+            checkpoint["state_dict"] = {f"coefficients.{name}": value for name, value in state.items()}
+            checkpoint |= {"optimizer_states": began[1]} if "optimizer_states" in checkpoint else {}
         checkpoint[_CHECKPOINT_KEY] = {
             "tasks": list(self.vectors.tasks),
             "groups": self.coefficients.table()[0],
             "digests": dict(self.vectors.digests),
-            "objective": self.objective.per_task_state(),
+            "objective": memory,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -451,14 +472,15 @@ class MergeTask(pl.LightningModule):
         self.objective.load_per_task_state(saved["objective"])
 
     def _place(self) -> None:
-        is_lossless, self.vectors = self.experts is self.vectors, self.vectors.to(self._where)
-        self.experts = self.vectors if is_lossless else self.experts.to(self._where)
-        self.backbone = self.backbone.to(self._where)
-        self.heads = {task: head.to(self._where) for task, head in self.heads.items()}
+        is_lossless, where = self.experts is self.vectors, self._where
+        if self.mixture is not None:  # it holds the same parts: they must not stand on the device twice
+            mixture = self.mixture.to(where)
+            self.vectors, self.backbone, self.heads = mixture.vectors, mixture.backbone, mixture.heads
+        self.vectors, self.backbone = self.vectors.to(where), self.backbone.to(where)
+        self.heads = {task: head.to(where) for task, head in self.heads.items()}
+        self.experts = self.vectors if is_lossless else self.experts.to(where)
         rest, read = self.vectors.rest, set(self.backbone.names)
         self._fixed = {n: self._on_device(t.float()) for n, t in rest.items() if n in read}
-        if self.mixture is not None:
-            self.mixture.to(self._where)
 
     @torch.no_grad()
     def _merge_for_evaluation(self) -> None:

@@ -169,7 +169,7 @@ class Router(Routing):
         size, found = self.sizes.get(group), features.shape[-1]
         if found != size:
             raise InputError(f"the router of group {group!r} reads features of size {size}, found {found}.")
-        if self.training and self.network == "paper" and len(features) == 1:
+        if self.networks.training and self.network == "paper" and len(features) == 1:
             raise InputError(
                 "network='paper' normalises over its batch, and cannot be trained on a single image.",
                 "Use a larger batch_size, or network='linear'.",

@@ -1,5 +1,6 @@
 """Models with another mixture of experts for every input: shared weights, experts, a router, heads."""
 
+from adamerge.mixture.costs import latency, stored
 from adamerge.mixture.folder import load, save_mixture, write_companions
 from adamerge.mixture.gates import Gates
 from adamerge.mixture.model import Mixture, Predictions
@@ -12,9 +13,11 @@ __all__ = [
     "Predictions",
     "RouterStep",
     "joined_images",
+    "latency",
     "load",
     "save_mixture",
     "shared_passes",
+    "stored",
     "task_losses",
     "write_companions",
 ]

@@ -1,10 +1,9 @@
 """Mixture: a model whose weights are another mixture of experts for every input."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from adamerge.mixture.gates import Gates
 from adamerge.models import Backbone, Head
 from adamerge.models.routed import RoutedParameter
 from adamerge.state import State
-from adamerge.vectors import LowRankBlock, Size, TaskVectors, storage
+from adamerge.vectors import LowRankBlock, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Mixture(nn.Module):
         classes: Class names by task, in label order.
 
     Raises:
-        InputError: Nothing is routed, or the routing does not fit the stored form of the experts.
+        InputError: Nothing is routed, the routing does not fit the stored form of the experts, or a head
+            has another number of classes than there are names.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Mixture(nn.Module):
     ) -> None:
         super().__init__()
         self.vectors, self.backbone, self.heads, self.routing = vectors, backbone, dict(heads), routing
-        self.classes = {task: list(names) for task, names in (classes or {}).items()}
+        self.classes = {task: list(names) for task, names in (classes or {}).items() if names}
+        _require_names(self.heads, self.classes)
         self.routed = self._routed_names()
         if routing is not None:
             _require_batch_first(backbone)
@@ -162,34 +163,6 @@ class Mixture(nn.Module):
         features = self.backbone.features(self.shared, images).float()
         return functional.normalize(features, dim=-1) * features.shape[-1] ** 0.5
 
-    def storage(self) -> dict[str, Size]:
-        """Count what is stored: of the shared model what the backbone reads, experts, router, heads."""
-        read = {name: block for name, block in self.vectors.blocks.items() if name in self.routed}
-        sizes = storage(replace(self.vectors, blocks=read, rest={}))
-        del sizes["base"], sizes["rest"]
-        shared = [self.shared[name] for name in self.backbone.names]
-        router = [] if self.routing is None else [*self.routing.state_dict().values()]
-        heads = [x for head in self.heads.values() for x in (head.weight, head.bias) if x is not None]
-        parts = {"shared": shared, "router": router, "heads": heads}
-        experts = {f"experts' {part}": size for part, size in sizes.items()}
-        return {part: Size.of(tensors) for part, tensors in parts.items()} | experts
-
-    @torch.no_grad()
-    def latency(self, images: Tensor, repeats: int = 3) -> dict[str, float]:
-        """Time a batch: seconds of the shared model alone, and of router and mixture; medians."""
-        images, task = self._batch(images), next(iter(self.heads))
-        functions = {
-            "shared": lambda: self.backbone.features(self.shared, images),
-            "mixture": lambda: self.features(images, self.gates(images, task)),
-        }
-        taken: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(repeats + 1):
-            for name, function in functions.items():
-                began = time.perf_counter()
-                function()[0, 0].item()  # waits for a GPU
-                taken[name].append(time.perf_counter() - began)
-        return {name: median(seconds[1:]) for name, seconds in taken.items()}
-
     @torch.no_grad()
     def predict(self, images: Any, task: str | None = None) -> Predictions:
         """Classify images.
@@ -204,9 +177,10 @@ class Mixture(nn.Module):
         """
         if task is not None and task not in self.heads:
             raise InputError(f"there is no task {task!r}.", nearest(task, self.heads))
-        images = self._batch(images)
-        gates = self.gates(images, task)
-        features = self.features(images, gates)
+        images = self.batch(images)
+        with self.evaluating():
+            gates = self.gates(images, task)
+            features = self.features(images, gates)
         tasks = list(self.heads) if task is None else [task]
         logits = [self.heads[t].logits(features) for t in tasks]
         probability, best = torch.cat(logits, -1).softmax(-1).max(-1)
@@ -251,7 +225,18 @@ class Mixture(nn.Module):
                 sizes.setdefault(self.routing.group_of(name) or "", shape[1])
         return sizes
 
-    def _batch(self, images: Any) -> Tensor:
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Keep a router that is in training from looking at its batch, and from learning of it."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def batch(self, images: Any) -> Tensor:
+        """Give images, preprocessed or PIL, as one tensor on the model's device."""
         if len(images) == 0:
             raise InputError("no image was given.", "Give a batch of one image or more.")
         if not isinstance(images, Tensor):
@@ -290,3 +275,12 @@ def _require_batch_first(backbone: Backbone) -> None:
                     f"the attention {name} has tokens before samples, which per-input merging cannot see.",
                     "Build the model with batch_first=True.",
                 )
+
+
+def _require_names(heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]]) -> None:
+    for task, names in classes.items():
+        if task in heads and len(names) != len(heads[task].weight):
+            raise InputError(
+                f"head {task!r} has {len(heads[task].weight)} rows for {len(names)} class names.",
+                "List the class names in the order of the head's rows.",
+            )

@@ -19,7 +19,9 @@ _ENTRIES = 2**17  # of each of them
 _GPU_ENTRIES = 2**20
 _FEW = 4  # samples for each distinct mixture, from which plain products by group are faster
 _LARGE = 2**21  # multiplications from which oneDNN is worth its call
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # what torch.compile uses; not in all builds
+_ONEDNN: Any = getattr(
+    torch.ops.mkldnn, "_linear_pointwise", None
+)  # as torch.compile uses; not in all builds
 
 
 def product(
@@ -27,10 +29,10 @@ def product(
 ) -> Float[Tensor, "*row out"]:
     """Give ``x @ matrix.T``, or the sum of ``onto`` and that, which may overwrite it; differentiable.
 
-    For fp32 on a CPU torch takes MKL, which leaves half of the speed of AMD's processors unused; so where
+    For fp32 on a CPU torch takes MKL, which on AMD's processors reaches half of oneDNN's speed; so where
     nothing is differentiated, oneDNN multiplies.
     """
-    if not _suits_onednn(x.numel() * len(matrix), x, matrix):
+    if not _suits_onednn(x.numel() * len(matrix), x, matrix, x if onto is None else onto):
         y = functional.linear(x, matrix)
         return y if onto is None else onto.add_(y)
     if onto is None:
@@ -87,7 +89,7 @@ def sample_values(
     with torch.autocast(base.device.type, enabled=False):
         stack, rows = vectors.reshape(len(vectors), -1).float(), weights.reshape(-1, len(vectors)).float()
         mixed = torch.addmm(base.reshape(1, -1).float(), rows, stack)
-        return mixed.reshape(*weights.shape[:-1], *base.shape)
+        return mixed.reshape((*weights.shape[:-1], *base.shape))
 
 
 def _by_row(base: Tensor, vectors: Tensor, x: Tensor, weights: Tensor) -> Tensor:

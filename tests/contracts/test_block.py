@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge.vectors import Block, Codec, DenseCodec, dense, ternary
+from adamerge.vectors import (
+    BernoulliCodec,
+    Block,
+    Codec,
+    DenseCodec,
+    LowRankCodec,
+    MagnitudeCodec,
+    dense,
+    low_rank,
+    sparse,
+    ternary,
+)
 from adamerge.vectors.block import Merge
 from adamerge.vectors.ternary import TernaryCodec
 
@@ -144,3 +155,48 @@ class TestTernary(BlockContract):
     def test_it_stores_two_bits_an_entry_and_one_scale(self, block: Block, vectors: Tensor) -> None:
         stored = block.n_bytes - block.base_tensor().nbytes - 4 * len(vectors)
         assert vectors.numel() / 4 <= stored <= vectors.numel() / 4 + vectors.numel()
+
+
+class TestLowRank(BlockContract):
+    """All factors, of matrices and of kernels."""
+
+    @pytest.fixture(autouse=True, params=[2**20, 20], ids=["whole", "rows"])
+    def _chunk(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(low_rank, "_CHUNK", request.param)
+
+    def codec(self) -> LowRankCodec:
+        return LowRankCodec(fraction=1.0, kernels=True)
+
+    def storage_error(self) -> float:
+        return 1e-5
+
+
+class TestLowRankInHalfPrecision(TestLowRank):
+    """Factors whose products are computed in fp32."""
+
+    def codec(self) -> LowRankCodec:
+        return LowRankCodec(fraction=1.0, kernels=True, dtype="fp16")
+
+    def storage_error(self) -> float:
+        return 1e-2
+
+
+class TestMagnitude(BlockContract):
+    """All entries."""
+
+    @pytest.fixture(autouse=True, params=[2**20, 9], ids=["whole", "chunks"])
+    def _chunk(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sparse, "_CHUNK", request.param)
+
+    def codec(self) -> Codec:
+        return MagnitudeCodec(density=1.0)
+
+    def storage_error(self) -> float:
+        return 0.0
+
+
+class TestBernoulli(TestMagnitude):
+    """All entries."""
+
+    def codec(self) -> Codec:
+        return BernoulliCodec(density=1.0)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge.objectives import Entropy, KLTeacher, Objective, ReliableEntropy
+from adamerge.objectives import (
+    Entropy,
+    KLTeacher,
+    Mixed,
+    Objective,
+    ReliableEntropy,
+    RoutingEntropy,
+    TaskIdentity,
+)
 
 
 def logits(n_images: int = 12, n_classes: int = 5, seed: int = 0) -> Tensor:
@@ -116,3 +124,29 @@ class TestKLTeacher(ObjectiveContract):
         rows = zip(map(probabilities, teacher / 2), map(probabilities, student / 2), strict=True)
         divergences = [sum(p * math.log(p / q) for p, q in zip(*row, strict=True)) for row in rows]
         return sum(divergences) / len(divergences)
+
+
+class TestTaskIdentity(ObjectiveContract):
+    def make(self) -> Objective:
+        objective = TaskIdentity()
+        objective.build(("aircraft", "birds", "cars", "digits", "eggs"))  # as many as the logits
+        return objective
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        return sum(-math.log(probabilities(row)[2]) for row in student) / len(student)
+
+
+class TestRoutingEntropy(TestEntropy):
+    def make(self) -> Objective:
+        return RoutingEntropy()
+
+
+class TestMixed(ObjectiveContract):
+    def make(self) -> Objective:
+        return Mixed([Entropy(), ReliableEntropy(), KLTeacher()], [0.5, 1.0, 2.0])
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        terms = [
+            kind().literal(student, teacher) for kind in (TestEntropy, TestReliableEntropy, TestKLTeacher)
+        ]
+        return 0.5 * terms[0] + terms[1] + 2 * terms[2]
