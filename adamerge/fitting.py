@@ -7,6 +7,7 @@ import shutil
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -82,7 +83,15 @@ def merge_task(
         optimizer: The optimizer; default: Adam at 1e-3.
         images_per_pass: Small batches of several tasks share a forward pass up to this size.
         force: Accept experts that look as if they came from another base.
+
+    Raises:
+        InputError: A source or an option is unknown, or is of no use beside the others.
     """
+    if shared is None and (shared_options or relative_to != "shared"):
+        raise InputError(
+            "shared_options and relative_to are of no use without `shared`.",
+            "Name a shared model, such as task_arithmetic, or leave them out.",
+        )
     form = make_codec(codec, codec_options)
     vectors, backbone = open_vectors(base, experts, codec=STREAM if shared else form or codec, force=force)
     if edit is not None:
@@ -94,6 +103,8 @@ def merge_task(
         if relative_to == "base":
             merged = {**merged, **{name: originals.blocks[name].base_tensor() for name in routed}}
         vectors = rebase(originals, merged, form or codec, names=routed)
+        more = weight_digests(base, shared_file(shared)) if shared_file(shared) else {}
+        vectors = replace(vectors, digests={**vectors.digests, **more})
         originals.origins.check()
     heads = zero_shot_heads(locate(base), tasks)
     return MergeTask(
@@ -116,17 +127,24 @@ def shared_model(vectors: TaskVectors, source: str, options: Mapping[str, Any] |
     """Give a merged model: by a static method, or from a checkpoint.
 
     Raises:
-        InputError: There is neither such a method nor such a checkpoint.
+        InputError: There is neither such a method nor such a checkpoint, or it takes no options.
     """
-    if source == "base":
-        return vectors.base_state()
     if source in METHODS:
         return merge(vectors, source, dtype=torch.float32, **(options or {}))
+    if options:
+        raise InputError(f"shared={source!r} takes no shared_options, found {dict(options)}.")
+    if source == "base":
+        return vectors.base_state()
     if not Path(source).exists():
         raise InputError(
             f"shared={source!r} is neither a static method nor a file.", nearest(source, METHODS)
         )
     return open_checkpoint(locate(source), role="shared model")
+
+
+def shared_file(source: str | None) -> dict[str, str]:
+    """Give the checkpoint that the shared model is read from, under its name among digests, if it is one."""
+    return {} if source in (None, "base", *METHODS) else {"shared model": str(source)}
 
 
 def open_vectors(

@@ -1,28 +1,28 @@
-"""Measures a batch of different mixtures beside the static model and the loop that merges for every image.
+"""Measures a batch of different mixtures beside the static model and beside merging for every image.
 
     python scripts/bench_routed.py --model vit-b-32 --rank 0.1 --threads 1 --json
-    python scripts/bench_routed.py --model suite --rank 0.02 --repeats 40 --json
+    python scripts/bench_routed.py --model suite --rank 0.02 --repeats 50 --json
 
-Images per second of four ways to run one batch, by turns in one process; medians of --repeats after a
-warm-up:
+Images per second (`..._img_s`) of ways to run one batch, by turns in one process; medians of --repeats:
 
 - `static`: the backbone with ordinary merged weights;
 - `routed`: every image under its own mixture, random and soft (no two are equal), in one pass;
-- `per_sample`: `TaskVectors.merge` and the backbone for one image after another, the first --loop of them;
+- `per_sample`: `TaskVectors.merge`, then the backbone, for one image after another;
+- `expanding`: the same loop as published code has it: every expert's vectors are expanded, then summed;
 - `with_router`: `Mixture.predict`: the shared model's pass that the router reads, the router, the routed
-  pass, and all heads.
+  pass, all heads.
 
-`max_abs_diff` is the largest difference between `routed` and `per_sample` features; `spread`, the largest
-between `routed` and `static` ones, tells what mixtures do. Weights and images are random, but for --model
-zoo. `peak_rss_mib` is that of the whole process while it measures, vectors and libraries included;
-`routed_mib` and `static_mib` are what one pass needs beyond what was resident before it.
+The two loops run over the first --loop images of the batch only. `..._cpu` ratios are of processor time,
+which other processes do not add to. `max_abs_diff` is the largest difference between features of `routed`
+and of a loop; `spread`, between `routed` and `static`, tells what mixtures do. Weights and images are random,
+but for --model zoo. `peak_rss_mib` is of the whole process while it measures, libraries and vectors included;
+`..._mib` is what the first run of a way needed beyond what was resident before.
 """
 
 import argparse
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.nn import functional
 from adamerge.coefficients import Router
 from adamerge.mixture import Gates, Mixture
 from adamerge.models import Head
+from adamerge.state import State
 from adamerge.vectors import BernoulliCodec, Block, Codec, LowRankBlock, LowRankCodec, MagnitudeCodec, rebase
 from adamerge.vectors.sparse import kept_count
 from adamerge.vectors.store import CODECS
@@ -46,6 +47,8 @@ BY_SHARE: dict[str, Callable[[float], Codec]] = {
     "bernoulli": BernoulliCodec,
 }
 NOISE = 1e-3  # standard deviation of random vectors' entries
+LOOPS = ("per_sample", "expanding")
+WAYS = ("static", "routed", *LOOPS, "with_router")
 SHARED = 0.3  # the zoo's shared model is task arithmetic with this coefficient
 
 
@@ -107,52 +110,69 @@ class Bench:
     def per_sample(self) -> Tensor:
         """Merge and run for one image after another."""
         columns = len(self.vectors.names)
-        found = [
-            self.backbone.features(self.vectors.merge(weights[:, None].expand(-1, columns)), image[None])
-            for weights, image in zip(self.weights[: self.n_loop], self.images, strict=False)
-        ]
-        return torch.cat(found)
+        return self._loop(lambda weights: self.vectors.merge(weights[:, None].expand(-1, columns)))
 
-    def with_router(self) -> None:
+    def expanding(self) -> Tensor:
+        """Expand, sum and run for one image after another."""
+        blocks = self.vectors.blocks.items()
+        return self._loop(
+            lambda weights: {n: b.base_tensor() + torch.tensordot(weights, b.dense(), 1) for n, b in blocks}
+        )
+
+    def _loop(self, merged: Callable[[Tensor], State]) -> Tensor:
+        pairs = zip(self.images[: self.n_loop], self.weights[: self.n_loop], strict=True)
+        return torch.cat([self.backbone.features(merged(weights), image[None]) for image, weights in pairs])
+
+    def with_router(self) -> Tensor:
         """Predict as users do."""
-        self.mixture.predict(self.images)
+        return self.mixture.predict(self.images).probability
 
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run all ways once, compare their results, then time them by turns."""
     bench = Bench(args)
-    n, device = len(bench.images), bench.images.device
-    images = {"static": n, "routed": n, "per_sample": bench.n_loop, "with_router": n}
-    taken: dict[str, list[float]] = {way: [] for way in images}
+    device = bench.images.device
     with step.autocast(device, args.precision):
-        found = warm_up(bench)
+        found = first_runs(bench)
+        taken: dict[str, list[step.Taken]] = {way: [] for way in WAYS}
         for _ in range(args.repeats):
-            for way, seconds in taken.items():
-                seconds.append(step.timed(getattr(bench, way), device).wall)
-    rate = {way: images[way] / median(seconds) for way, seconds in taken.items()}
-    found |= {f"{way}_img_s": value for way, value in rate.items()}
-    for way in ("static", "per_sample"):
-        found[f"routed_over_{way}"] = rate["routed"] / rate[way]
-    stored = bench.vectors.n_bytes
-    return found | {"stored_bytes": stored, "loop_images": bench.n_loop} | step.cuda_memory(device)
+            for way, times in taken.items():
+                times.append(step.timed(getattr(bench, way), device))
+    found |= rates(taken, {way: bench.n_loop if way in LOOPS else args.batch for way in WAYS})
+    stored = {"loop_images": bench.n_loop, "stored_bytes": bench.vectors.n_bytes}
+    return found | stored | step.cuda_memory(device)
 
 
-def warm_up(bench: Bench) -> dict[str, float]:
-    """Run each way once, for differences of results and for memory."""
+def first_runs(bench: Bench) -> dict[str, float]:
+    """Run each way once, for memory and for differences of results."""
     found: dict[str, float] = {}
     features: dict[str, Tensor] = {}
-    for way in ("static", "routed", "per_sample"):
+    peak = 0.0
+    for way in WAYS:
         step.reset_peak()
         before = step.memory("VmRSS")
         features[way] = getattr(bench, way)()
         found[f"{way}_mib"] = step.memory("VmHWM") - before
-        found["peak_rss_mib"] = max(step.memory("VmHWM"), found.get("peak_rss_mib", 0))
-    bench.with_router()
-    routed = features["routed"].float()
-    for name, way in (("max_abs_diff", "per_sample"), ("spread", "static")):
-        other = features[way].float()
-        found[name] = (routed[: len(other)] - other).abs().max().item()
+        peak = max(peak, step.memory("VmHWM"))
+    found |= {"peak_rss_mib": peak, "spread": difference(features["routed"], features["static"])}
+    return found | {"max_abs_diff": max(difference(features["routed"], features[way]) for way in LOOPS)}
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Give the largest difference between the features of the first images."""
+    n = min(len(a), len(b))
+    return (a[:n].float() - b[:n].float()).abs().max().item()
+
+
+def rates(taken: dict[str, list[step.Taken]], images: dict[str, int]) -> dict[str, float]:
+    """Give images per second, and how many times those of another way the routed pass takes."""
+    wall = {way: images[way] / median(t.wall for t in times) for way, times in taken.items()}
+    cpu = {way: images[way] / median(t.cpu for t in times) for way, times in taken.items()}
+    found = {f"{way}_img_s": rate for way, rate in wall.items()}
+    for way in ("static", *LOOPS):
+        found[f"routed_over_{way}"] = wall["routed"] / wall[way]
+        found[f"routed_over_{way}_cpu"] = cpu["routed"] / cpu[way]
     return found
 
 
@@ -164,7 +184,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--codec", choices=CODECS, default="low_rank")
     parser.add_argument("--rank", type=float, default=0.1, help="share of ranks, or of entries, that is kept")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--loop", type=int, default=8, help="images of the per-sample loop")
+    parser.add_argument("--loop", type=int, default=4, help="images of the loops")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=("32", "bf16-mixed"), default="32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,5 +1,6 @@
 """A table of methods: each row once, continued after an interruption; and the demo on the shipped zoo."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -38,6 +39,23 @@ def test_rows_are_what_their_methods_say(tiny: Benchmark, tmp_path: Path) -> Non
     assert rows["average"].accuracy == tiny._evaluate(lambda _: tiny._read(average)).known
     base = tiny._vectors.base_state()
     assert rows["zero_shot"].accuracy == tiny._evaluate(lambda _: tiny._read(base)).known
+
+
+def test_the_task_unknown_is_a_column_and_a_table_of_its_own(tiny: Benchmark) -> None:
+    methods = ("zero_shot", "individual", "oracle", "twin_merging", "smile")
+    few = ("--trainer.max_steps", "2", "--data.batch_size", "4")
+    rows = tiny.run(methods, {"twin_merging": few})
+    tiny.write(rows, "a title")
+    lines = list(csv.DictReader((tiny.out / "results.csv").read_text().splitlines()))
+    unknown = {row.method: row.unknown for row in rows}
+    assert unknown["individual"] == unknown["oracle"] == {}
+    for line in lines:
+        found = unknown[line["method"]]
+        assert line["task unknown"] == (f"{sum(found.values()) / len(TASKS):.1f}" if found else "-")
+    by_task = list(csv.DictReader((tiny.out / "results_task_unknown.csv").read_text().splitlines()))
+    assert [line["method"] for line in by_task] == ["zero_shot", "twin_merging", "smile"]
+    for line in by_task:
+        assert [line[task] for task in TASKS] == [f"{unknown[line['method']][task]:.1f}" for task in TASKS]
 
 
 def test_an_interrupted_table_continues_where_it_stopped(

@@ -1,20 +1,27 @@
 """What a run leaves behind, and the guard that watches over it."""
 
 import csv
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from builders import adapt, make_task, memory_data
+from builders import adapt, make_task, make_trainer, memory_data
 from conftest import TASKS
+from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors import safe_open
+from torch import Tensor
 
-from adamerge import Entropy, Learned
+from adamerge import Entropy, InputError, Learned, MergeTask
 from adamerge.callbacks import (
     CoefficientReport,
     CollapseGuard,
     Curves,
     MergedModel,
+    Signs,
     StepBar,
     signs_of,
     write_coefficients,
@@ -167,6 +174,76 @@ def test_the_guard_remembers_across_a_resume(clip: Path) -> None:
     assert again.state_dict() == guard.state_dict() or torch.equal(
         again.state_dict()["best"]["values"]["values"], guard.state_dict()["best"]["values"]["values"]
     )
+
+
+class Scripted(CollapseGuard):
+    """Sees the agreements that a test has written down, by step."""
+
+    agreements: Mapping[int, float] = {0: 0.5, 2: 0.7, 4: 0.9, 6: 0.6, 7: 0.8}
+    cut_off_at = -1
+
+    def _look(self, module: MergeTask) -> dict[str, Signs]:
+        if module.global_step == self.cut_off_at:
+            raise RuntimeError("cut off")
+        return {"dots": Signs(1.0, 0.2, self.agreements[module.global_step])}
+
+
+def watched(clip: Path, steps: int, *callbacks: pl.Callback, **options: Any) -> Tensor:
+    """Adapt beside a guard that looks every second step."""
+    task = make_task(clip, optimizer=partial(torch.optim.Adam, lr=1e-2))
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = make_trainer(steps, *callbacks, enable_checkpointing=saves)
+    trainer.fit(task, datamodule=memory_data(n_adapt=100), **options)
+    return task.coefficients.table()[1]
+
+
+def test_a_run_ends_with_its_best_coefficients_or_its_last(clip: Path) -> None:
+    assert torch.equal(watched(clip, 7, Scripted(2, keep="best")), watched(clip, 4))
+    assert torch.equal(watched(clip, 7, Scripted(2)), watched(clip, 7))
+
+
+@pytest.mark.parametrize(("at_the_end", "best"), [(0.95, 7), (0.9, 4)])
+def test_the_end_is_looked_at_and_must_be_better(clip: Path, at_the_end: float, best: int) -> None:
+    guard = Scripted(2, keep="best")
+    guard.agreements = {**guard.agreements, 7: at_the_end}
+    assert torch.equal(watched(clip, 7, guard), watched(clip, best))
+
+
+def test_few_images_are_no_reason_to_go_back(clip: Path) -> None:
+    task = make_task(clip)
+    adapt(task, memory_data(n_adapt=20), 3, CollapseGuard(1, keep="best"))
+    assert torch.equal(task.coefficients.table()[1], adapt(make_task(clip), memory_data(n_adapt=20), 3))
+
+
+resuming = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # only the test saves
+
+
+@resuming
+@pytest.mark.parametrize("cut", [3, 4, 7])
+def test_a_resumed_run_knows_its_best(clip: Path, tmp_path: Path, cut: int) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = watched(clip, 7, Scripted(2, keep="best"), saves)
+    resumed = watched(clip, 7, Scripted(2, keep="best"), ckpt_path=tmp_path / f"step={cut}.ckpt")
+    assert torch.equal(whole, resumed)
+    assert torch.equal(whole, watched(clip, 4))
+
+
+@resuming
+def test_a_look_that_was_cut_off_is_taken_again(clip: Path, tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, save_on_exception=True)
+    guard = Scripted(2, keep="best")
+    guard.cut_off_at = 4
+    with pytest.raises(RuntimeError, match="cut off"):
+        watched(clip, 7, guard, saves)
+    resumed = watched(clip, 7, Scripted(2, keep="best"), ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(resumed, watched(clip, 4))
+
+
+@pytest.mark.parametrize("options", [{"keep": "first"}, {"keep": "best", "every_n_steps": 0}])
+@pytest.mark.usefixtures("unchecked")
+def test_what_to_keep_must_be_known_and_seen(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="Use 'last', or 'best' with every_n_steps of 1 or more"):
+        CollapseGuard(**options)
 
 
 def test_progress_is_printed_in_tenths_where_there_is_no_terminal(

@@ -8,13 +8,15 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from adamerge import provenance
 from adamerge.benchmark import Benchmark, configs, copy_folder
+from adamerge.checkpoints import open_checkpoint
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
-from adamerge.fitting import locate, run, weight_digests
+from adamerge.fitting import locate, run, shared_file, weight_digests
 from adamerge.models import OpenClipBackbone
 from adamerge.progress import console
 from adamerge.results import read_row
@@ -123,7 +125,8 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
     images = MultiTaskData(tasks)
     images.preprocess = OpenClipBackbone(locate(model["base"])).preprocess
-    weights = weight_digests(model["base"], model["experts"], fresh=True)
+    sources = {**model["experts"], **shared_file(model.get("shared"))}
+    weights = weight_digests(model["base"], sources, fresh=True)
     found = {"weights": weights, "data": images.fingerprint()}
     return [
         f"{kind} {name}"
@@ -134,5 +137,13 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
 
 
 def _largest_difference(a: Path, b: Path) -> float:
-    ours, theirs = (load_file(p / "coefficients.safetensors") for p in (a, b))
-    return max(float((ours[task] - theirs[task]).abs().max()) for task in ours)
+    ours, theirs = (_learned(p) for p in (a, b))
+    return max((float((ours[name] - theirs[name]).abs().max()) for name in ours), default=0.0)
+
+
+def _learned(run: Path) -> dict[str, Tensor]:
+    """Read what a run learned: a router, static coefficients, or nothing."""
+    merged = open_checkpoint(run / "merged")
+    router = {name: merged[name] for name in merged if name.startswith("router/")}
+    static = run / "coefficients.safetensors"
+    return router or (load_file(static) if static.exists() else {})

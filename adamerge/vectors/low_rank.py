@@ -144,7 +144,7 @@ class LowRankBlock(PiecewiseBlock):
         """Give the weighted sum over some tasks of left' (right x), added to ``onto``."""
         left, right, owners = self._factors(tasks)
         hidden = product(x, right.to(x.dtype))
-        hidden = hidden * weights[:, None, owners].to(hidden.dtype)
+        hidden = hidden * weights.index_select(1, owners)[:, None].to(hidden.dtype)
         return product(hidden, left.to(hidden.dtype).T, onto)
 
     def _factors(self, tasks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
