@@ -153,7 +153,7 @@ def first_runs(bench: Bench) -> dict[str, float]:
         step.reset_peak()
         before = step.memory("VmRSS")
         features[way] = getattr(bench, way)()
-        found[f"{way}_mib"] = step.memory("VmHWM") - before
+        found[f"{way}_mib"] = max(step.memory("VmHWM") - before, 0.0)
         peak = max(peak, step.memory("VmHWM"))
     found |= {"peak_rss_mib": peak, "spread": difference(features["routed"], features["static"])}
     return found | {"max_abs_diff": max(difference(features["routed"], features[way]) for way in LOOPS)}

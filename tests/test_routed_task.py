@@ -181,8 +181,8 @@ class TestAfterTraining:
     def test_the_router_no_longer_looks_at_its_batch(self, trained: MergeTask) -> None:
         state = deepcopy(trained.coefficients.state_dict())
         images = trained.data.test("dots").images
-        together = trained.mixture.predict(images).weights
-        alone = [trained.mixture.predict(image[None]).weights for image in images]
+        together = trained.mixture(images, "dots")
+        alone = [trained.mixture(image[None], "dots") for image in images]
         assert_close(together, torch.cat(alone))
         latency(trained.mixture, images)
         assert same(state, trained.coefficients.state_dict())

@@ -37,7 +37,7 @@ def test_one_line_of_json_gives_rates_and_memory(bench, monkeypatch, capsys, mod
         assert found[f"routed_over_{way}_cpu"] > 0
     assert found["with_router_img_s"] > 0
     assert found["max_abs_diff"] < 1e-5 < found["spread"]
-    assert found["peak_rss_mib"] > found["routed_mib"] >= 0
+    assert found["peak_rss_mib"] > found["routed_mib"]
 
 
 @pytest.mark.parametrize("codec", ["bf16", "magnitude"])
