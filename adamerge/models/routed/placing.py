@@ -40,7 +40,7 @@ def placed(parameter: Tensor, x: Tensor, axis: int, rows: Tensor | None = None) 
     own = parameter.own(rows)
     if own.dim() == 3 and parameter.dim() == 1:
         return own.to(x.dtype)  # routed row by row
-    own = own.repeat_interleave(len(x) // n_samples(x, parameter), 0)
+    own = _repeated(own, parameter, x)
     before, after = axis - 1, x.dim() - axis - parameter.dim()
     return own.reshape(len(own), *[1] * before, *own.shape[1:], *[1] * after).to(x.dtype)
 
@@ -59,15 +59,20 @@ def aligned(parameter: RoutedParameter, x: Tensor) -> Tensor:
             f"{parameter.label}: values {[*parameter.shape]} meet activations {[*x.shape]}.",
             "Per-input merging needs the batch as the activations' first axis.",
         )
-    own = own.repeat_interleave(len(x) // n_samples(x, parameter), 0)
+    own = _repeated(own, parameter, x)
     return own.reshape(len(own), *[1] * (x.dim() - own.dim()), *own.shape[1:])
 
 
 def own_values(parameter: Tensor, x: Tensor) -> Tensor:
     """Give the values of a parameter that may be shared for each entry of the activations' first axis."""
     if isinstance(parameter, RoutedParameter):
-        return parameter.own().repeat_interleave(len(x) // n_samples(x, parameter), 0)
+        return _repeated(parameter.own(), parameter, x)
     return parameter.expand(len(x), *parameter.shape)
+
+
+def _repeated(own: Tensor, parameter: RoutedParameter, x: Tensor) -> Tensor:
+    """Repeat a sample's values for every entry that it has on the activations' first axis (windows)."""
+    return own.repeat_interleave(len(x) // n_samples(x, parameter), 0)
 
 
 def rows_of(x: Tensor, *parameters: Parameter) -> Float[Tensor, "sample row in"]:
