@@ -18,7 +18,7 @@ from adamerge.data.module import Batch, MultiTaskData
 from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.evaluation import Evaluation, evaluate, mixture_features
 from adamerge.mixture import Mixture, RouterStep, joined_images, shared_passes, task_losses
-from adamerge.models import Backbone, Head, accuracy, walk
+from adamerge.models import Backbone, Head, accuracy, require_class_names, walk
 from adamerge.objectives import Entropy, Objective, entropy_of
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
@@ -144,11 +144,16 @@ class MergeTask(pl.LightningModule):
         hot, read = self._on_device(self.experts.one_hot(task)), set(self.backbone.names)
         return self._fixed | self.experts.merge(hot, [n for n in self.experts.names if n in read])
 
-    def _classifier(self, task: str) -> Callable[[Tensor], Tensor]:
-        """Give the merged model as a function from images to logits of a task's head."""
+    def _classifier(self, task: str, weights: State | None = None) -> Callable[[Tensor], Tensor]:
+        """Give the merged model as a function from images to logits of a task's head.
+
+        Args:
+            task: Whose head.
+            weights: Those of a static model, where they are merged already.
+        """
         if self.mixture is not None:
             return partial(self.mixture.logits, task=task)
-        return partial(self.logits, self.weights(self._matrix()), task)
+        return partial(self.logits, weights or self.weights(self._matrix()), task)
 
     def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
         was_training = self.coefficients.training
@@ -295,7 +300,7 @@ class MergeTask(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure entropy on held-out adaptation images, which have no labels."""
         task = tuple(self.data.tasks)[dataloader_idx]
-        logits = self._evaluated(task)(batch["images"])
+        logits = self._classifier(task, self._weights)(batch["images"])
         self._entropies.setdefault(task, []).append(entropy_of(logits))
 
     def on_validation_epoch_end(self) -> None:
@@ -308,7 +313,7 @@ class MergeTask(pl.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure top-1 accuracy (micro average) on labelled test images, with the task known."""
         task = self.data.tested_tasks[dataloader_idx]
-        self._accuracy[task].update(self._evaluated(task)(batch["images"]), batch["labels"])
+        self._accuracy[task].update(self._classifier(task, self._weights)(batch["images"]), batch["labels"])
 
     def on_test_epoch_end(self) -> None:
         """Log each task's accuracy in percent, and the plain mean over tasks."""
@@ -321,15 +326,9 @@ class MergeTask(pl.LightningModule):
     ) -> dict[str, Any]:
         """Give class and probability of each image, with the task known."""
         task = tuple(self.data.tasks)[dataloader_idx]
-        p = self._evaluated(task)(batch["images"]).softmax(-1)
+        p = self._classifier(task, self._weights)(batch["images"]).softmax(-1)
         probability, label = p.max(-1)
         return {"task": task, "index": batch["index"], "class": label, "probability": probability}
-
-    def _evaluated(self, task: str) -> Callable[[Tensor], Tensor]:
-        """Give the model of this evaluation pass, which `_merge_for_evaluation` prepared."""
-        if self.mixture is not None:
-            return partial(self.mixture.logits, task=task)
-        return partial(self.logits, self._weights, task)
 
     def evaluate(self) -> dict[str, float]:
         """Give top-1 accuracy in percent on each task's test images, without a trainer loop."""
@@ -395,13 +394,7 @@ class MergeTask(pl.LightningModule):
                 "this router normalises over the images of all tasks, and each process has some tasks alone.",
                 "Use network='linear', or --trainer.devices 1.",
             )
-        for task in self.data.tasks:
-            labels = self.data.tasks[task].classes
-            if labels and len(labels) != len(self.heads[task].weight):
-                raise InputError(
-                    f"head {task!r} has {len(self.heads[task].weight)} rows for {len(labels)} classes.",
-                    "List the class names in the order of the head's rows.",
-                )
+        require_class_names(self.heads, {task: spec.classes for task, spec in self.data.tasks.items()})
         self.data.preprocess = self.backbone.preprocess
 
     def on_fit_start(self) -> None:

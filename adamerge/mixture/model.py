@@ -14,7 +14,7 @@ from torch.nn import functional
 from adamerge.coefficients import Oracle, Router, Routing, Uniform
 from adamerge.errors import InputError, nearest
 from adamerge.mixture.gates import Gates
-from adamerge.models import Backbone, Head
+from adamerge.models import Backbone, Head, require_class_names
 from adamerge.models.routed import RoutedParameter
 from adamerge.state import State
 from adamerge.vectors import LowRankBlock, TaskVectors
@@ -69,7 +69,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.vectors, self.backbone, self.heads, self.routing = vectors, backbone, dict(heads), routing
         self.classes = {task: list(names) for task, names in (classes or {}).items() if names}
-        _require_names(self.heads, self.classes)
+        require_class_names(self.heads, self.classes)
         self.routed = self._routed_names()
         if routing is not None:
             _require_batch_first(backbone)
@@ -275,12 +275,3 @@ def _require_batch_first(backbone: Backbone) -> None:
                     f"the attention {name} has tokens before samples, which per-input merging cannot see.",
                     "Build the model with batch_first=True.",
                 )
-
-
-def _require_names(heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]]) -> None:
-    for task, names in classes.items():
-        if task in heads and len(names) != len(heads[task].weight):
-            raise InputError(
-                f"head {task!r} has {len(heads[task].weight)} rows for {len(names)} class names.",
-                "List the class names in the order of the head's rows.",
-            )

@@ -2,7 +2,7 @@
 
 from adamerge.models.base import Backbone, ModuleBackbone
 from adamerge.models.evaluate import accuracy, predict_all, union_accuracy, walk
-from adamerge.models.heads import Head
+from adamerge.models.heads import Head, require_class_names
 from adamerge.models.open_clip import OpenClipBackbone, zero_shot_heads
 from adamerge.models.statistics import Statistics
 
@@ -14,6 +14,7 @@ __all__ = [
     "Statistics",
     "accuracy",
     "predict_all",
+    "require_class_names",
     "union_accuracy",
     "walk",
     "zero_shot_heads",

@@ -1,6 +1,6 @@
 """Frozen heads: a matrix that turns features into one task's logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,3 +90,17 @@ class Head:
         vectors = functional.normalize(torch.cat(pieces).float(), dim=-1)
         means = vectors.reshape(len(classes), len(templates), -1).mean(1)
         return cls(scale * functional.normalize(means, dim=-1))
+
+
+def require_class_names(heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]]) -> None:
+    """Check that every head has a row for each class name of its task, where names are known.
+
+    Raises:
+        InputError: A head has another number of rows.
+    """
+    for task, names in classes.items():
+        if names and task in heads and len(names) != len(heads[task].weight):
+            raise InputError(
+                f"head {task!r} has {len(heads[task].weight)} rows for {len(names)} classes.",
+                "List the class names in the order of the head's rows.",
+            )
