@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adamerge.coefficients import spread
 from adamerge.data.module import MultiTaskData
 from adamerge.mixture import Mixture
 from adamerge.models import Head, accuracy, union_accuracy
@@ -20,11 +21,13 @@ class Evaluation(NamedTuple):
         known: Top-1 accuracy in percent by task, with the task's own head.
         unknown: The same over all tasks' classes together; empty where routing is told the task.
         routing: By task, each expert's mean routing weight; empty for static models.
+        entropy: By task, the mean over images of the `spread` of routing weights; likewise.
     """
 
     known: dict[str, float]
     unknown: dict[str, float]
     routing: dict[str, list[float]]
+    entropy: dict[str, float]
 
 
 def evaluate(
@@ -44,7 +47,7 @@ def evaluate(
         walk: Applies a function to all test images of a task.
         told: Whether the model is told the task, so that "unknown" means nothing.
     """
-    found = Evaluation({}, {}, {})
+    found = Evaluation({}, {}, {}, {})
     for task in track(data.tested_tasks, "Evaluating"):
         weights: list[Tensor] = []
         labels = data.test(task).labels
@@ -61,7 +64,9 @@ def evaluate(
         if not told:
             found.unknown[task] = union_accuracy(rows, known, task, labels)
         if weights:
-            found.routing[task] = torch.cat(weights).mean(0).tolist()
+            mixed = torch.cat(weights)
+            found.routing[task] = mixed.mean(0).tolist()
+            found.entropy[task] = spread(mixed).nanmean().item()
     return found
 
 

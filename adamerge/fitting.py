@@ -321,7 +321,7 @@ class RunCLI(LightningCLI):
             row = self.result()
             write_row(self.folder / "result.json", row)
             if row.details.get("routing"):
-                write_routing(self.folder, row.details["experts"], row.details["routing"])
+                write_routing(self.folder, *(row.details[part] for part in ("experts", "routing", "entropy")))
             write_text(self.folder / "merged" / "README.md", self._card(row))
             provenance.write_manifest(self.folder)
             print_table([row], str(self.folder))
@@ -373,6 +373,7 @@ class RunCLI(LightningCLI):
         return {
             "experts": list(mixture.vectors.tasks),
             "routing": evaluation.routing,
+            "entropy": evaluation.entropy,
             "baselines": {name: self.model.evaluation(model).known for name, model in baselines.items()},
             "stored": {part: size._asdict() for part, size in stored(mixture).items()},
             "seconds_per_batch": latency(mixture, images[: self.datamodule.eval_batch_size]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, special
+from torch import Tensor
 
 from adamerge.atomic import atomic_file, write_text
 from adamerge.errors import EnvironmentProblem
@@ -47,41 +47,46 @@ def pair_map(
 
 
 def routing_map(
-    tasks: Sequence[str], experts: Sequence[str], values: Float[Tensor, "task expert"]
+    tasks: Sequence[str],
+    experts: Sequence[str],
+    values: Float[Tensor, "task expert"],
+    entropies: Sequence[float],
 ) -> "Figure":
-    """Draw and write mean routing weights, task by expert, and beside them each task's `spread`."""
+    """Draw and write mean routing weights, task by expert, and beside them the mean entropy of an image's."""
     limit = max(1.0, float(values.abs().max()))
     colours = {"cmap": "RdBu_r", "vmin": -limit} if values.min() < 0 else {"cmap": "Reds", "vmin": 0}
     figure = _map(tasks, experts, values, "mean routing weight", cell=0.5, vmax=limit, **colours)
     _write_values(figure, values, limit)
     bars = figure.axes[0].inset_axes((1.04, 0, 0.4, 1), sharey=figure.axes[0])
-    bars.barh(range(len(tasks)), spread(values).tolist(), color="#9ecae1")
+    bars.barh(range(len(tasks)), entropies, color="#9ecae1")
     bars.tick_params(labelleft=False)
     bars.set_xlim(0, 1)
     bars.set_title("entropy / log T")
     return figure
 
 
-def spread(values: Float[Tensor, "task expert"]) -> Float[Tensor, " task"]:
-    """Give the entropy of each task's mean routing weights, in units of log T.
+def write_routing(
+    folder: Path,
+    experts: Sequence[str],
+    routing: Mapping[str, Sequence[float]],
+    entropies: Mapping[str, float],
+) -> None:
+    """Write ``routing.csv`` and ``routing.png``.
 
-    0: all its images go to one expert; 1: all experts share alike; NaN: no expert has any weight. Weights
-    that do not sum to 1 are divided by the sum of their magnitudes.
+    Args:
+        folder: Where to.
+        experts: Their names.
+        routing: Mean routing weight of each expert, by task.
+        entropies: Mean entropy of an image's routing weights, in units of log T, by task.
     """
-    shares = values.abs() / values.abs().sum(1, keepdim=True)
-    return special.entr(shares).sum(1) / math.log(max(values.shape[1], 2))
-
-
-def write_routing(folder: Path, experts: Sequence[str], routing: Mapping[str, Sequence[float]]) -> None:
-    """Write ``routing.csv`` and ``routing.png``: each task's mean routing weights and their `spread`."""
-    values = torch.tensor(list(routing.values()))
-    rows = zip(routing, values.tolist(), spread(values).tolist(), strict=True)
+    values, spread = torch.tensor(list(routing.values())), [entropies[task] for task in routing]
+    rows = zip(routing, values.tolist(), spread, strict=True)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["task", *experts, "entropy"])
     writer.writerows([task, *map(repr, row), repr(entropy)] for task, row, entropy in rows)
     write_text(folder / "routing.csv", stream.getvalue())
-    save_picture(folder / "routing.png", lambda: routing_map(list(routing), experts, values))
+    save_picture(folder / "routing.png", lambda: routing_map(list(routing), experts, values, spread))
 
 
 def bytes_curve(rows: Sequence[ResultRow]) -> "Figure":

@@ -82,6 +82,12 @@ def test_routing_is_the_mean_over_all_images_of_a_task(data: MultiTaskData) -> N
     assert run(data, routed=False).routing == {}
 
 
+def test_the_entropy_of_routing_is_that_of_an_image(data: MultiTaskData) -> None:
+    mean = torch.tensor([0.0, 1.0, 0.469]).mean().item()  # of weights 1, 1/2 and 0.9, in bits
+    assert run(data).entropy["pets"] == pytest.approx(mean, abs=1e-3)
+    assert run(data, routed=False).entropy == {}
+
+
 def test_tasks_without_test_images_are_passed_over(data: MultiTaskData) -> None:
     data.tasks["pets"] = TaskSpec("memory", None, CLASSES["pets"])
     found = run(data)

@@ -1,7 +1,6 @@
 """Pictures show the numbers that they were given, and are files of the right kind."""
 
 import csv
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from adamerge.plots import (
     pair_map,
     routing_map,
     save_picture,
-    spread,
     write_routing,
 )
 from adamerge.results import make_row
@@ -111,36 +109,32 @@ def test_pictures_of_nothing_are_drawn_without_a_complaint(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 2
 
 
+ENTROPY = {"cars, red": 0.25, "digits": 0.0}
+
+
 class TestRouting:
     def test_weights_are_written_beside_each_tasks_entropy(self) -> None:
         values = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-        (axes,) = routing_map(["cars", "digits"], ["a", "b"], values).axes
+        (axes,) = routing_map(["cars", "digits"], ["a", "b"], values, [0.25, 1.0]).axes
         assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.50", "0.50"]
         assert axes.images[0].get_clim() == (0, 1)
         (bars,) = axes.child_axes
-        assert [bar.get_width() for bar in bars.patches] == [0, 1]
+        assert [bar.get_width() for bar in bars.patches] == [0.25, 1]
 
     @pytest.mark.parametrize(("values", "limits"), [([[0.5, 2.5]], (0, 2.5)), ([[0.5, -2]], (-2, 2))])
     def test_weights_that_are_no_shares_are_drawn_whole(
         self, values: list, limits: tuple[float, float]
     ) -> None:
-        (image,) = routing_map(["cars"], ["a", "b"], torch.tensor(values)).axes[0].images
+        (image,) = routing_map(["cars"], ["a", "b"], torch.tensor(values), [0.5]).axes[0].images
         assert image.get_clim() == limits
 
-    def test_the_entropy_is_between_one_expert_and_all_alike(self) -> None:
-        values = torch.tensor([[0, 3.0, 0], [0.3, 0.3, 0.3], [0, 0.5, 0.5], [0, 0, 0]])
-        found = spread(values)
-        assert found[:3].tolist() == pytest.approx([0, 1, math.log(2) / math.log(3)])
-        assert found[3].isnan()
-        assert spread(torch.ones(1, 1)).tolist() == [0]
-
     def test_files_hold_every_weight_exactly(self, tmp_path: Path) -> None:
-        write_routing(tmp_path, ["a", "b"], {"cars, red": [0.1, 0.9], "digits": [1.0, 0.0]})
+        write_routing(tmp_path, ["a", "b"], {"cars, red": [0.1, 0.9], "digits": [1.0, 0.0]}, ENTROPY)
         with (tmp_path / "routing.csv").open(newline="") as stream:
             header, cars, digits = csv.reader(stream)
         assert header == ["task", "a", "b", "entropy"]
         assert [cars[0], *map(float, cars[1:3])] == ["cars, red", *torch.tensor([0.1, 0.9]).tolist()]
-        assert digits == ["digits", "1.0", "0.0", "0.0"]
+        assert [cars[3], *digits] == ["0.25", "digits", "1.0", "0.0", "0.0"]
         assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 

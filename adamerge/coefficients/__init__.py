@@ -5,6 +5,7 @@ from adamerge.coefficients.grouping import GROUPINGS, group_of
 from adamerge.coefficients.learned import Learned
 from adamerge.coefficients.oracle import Oracle, Subspace, Uniform
 from adamerge.coefficients.router import Router
+from adamerge.coefficients.selection import spread
 
 __all__ = [
     "GROUPINGS",
@@ -16,4 +17,5 @@ __all__ = [
     "Subspace",
     "Uniform",
     "group_of",
+    "spread",
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, special
 
 from adamerge.errors import InputError, nearest
 
@@ -52,6 +52,16 @@ def top_p(logits: Logits, p: float, *, renormalize: bool = False, temperature: f
     sums = probabilities.detach().sort(dim=-1, descending=True).values.cumsum(-1)
     short = sums[..., :-1].clamp(max=1) <= p  # rounding may sum to more than 1
     return _kept(probabilities, _rank(probabilities) <= short.sum(-1, keepdim=True), renormalize)
+
+
+def spread(weights: Weights) -> Float[Tensor, "*sample"]:
+    """Give the entropy of routing weights, in units of log T.
+
+    0: one expert alone; 1: all experts alike; NaN: no expert has any weight. Weights that do not sum to 1
+    are divided by the sum of their magnitudes.
+    """
+    shares = weights.abs() / weights.abs().sum(-1, keepdim=True)
+    return special.entr(shares).sum(-1) / math.log(max(weights.shape[-1], 2))
 
 
 def _rank(p: Logits) -> Int[Tensor, "*sample task"]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge.coefficients.selection import Selection, softmax, top_1, top_k, top_p
+from adamerge.coefficients.selection import Selection, softmax, spread, top_1, top_k, top_p
 from adamerge.errors import InputError
 
 PROBABILITIES = (0.125, 0.5, 0.25, 0.125)  # exact in binary, and two are equal
@@ -137,3 +137,11 @@ def test_none_gives_the_logits_as_they_are() -> None:
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Selection(**options)
+
+
+def test_the_spread_is_between_one_expert_and_all_alike() -> None:
+    weights = torch.tensor([[0, 3.0, 0], [0.3, 0.3, 0.3], [0, 0.5, 0.5], [0, 0, 0]])
+    found = spread(weights)
+    assert found[:3].tolist() == pytest.approx([0, 1, math.log(2) / math.log(3)])
+    assert found[3].isnan()
+    assert spread(torch.ones(1, 1)).tolist() == [0]
