@@ -1,23 +1,15 @@
 """Model folders from the Hugging Face hub; a local path is always the first-class form."""
 
-import os
-import re
-import socket
 from pathlib import Path
-from urllib.parse import urlparse
 
 from adamerge import zoo
+from adamerge.checkpoints.open_clip_source import PREFIX as OPEN_CLIP
+from adamerge.checkpoints.open_clip_source import open_clip_folder
 from adamerge.data.tasks import EMBEDDED
-from adamerge.errors import EnvironmentProblem, InputError, nearest
+from adamerge.errors import InputError, nearest
+from adamerge.hub import is_hub_id, snapshot
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|npz|h5|gguf|onnx|json|ya?ml)$")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model"]
-
-
-def is_hub_id(text: str) -> bool:
-    """Tell whether a text that is no local path has the form ``owner/name``."""
-    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not _FILE.search(text)
 
 
 def local_path(source: str | Path, role: str) -> Path:
@@ -31,12 +23,14 @@ def local_path(source: str | Path, role: str) -> Path:
 
 
 def locate(path: str) -> Path:
-    """Give the local path that a user names: a path, a hub id, or ``embedded:NAME``.
+    """Give the local path that a user names: a path, a hub id, ``open_clip:...`` or ``embedded:NAME``.
 
     Raises:
-        InputError: No such embedded model.
+        InputError: No such embedded model, or none of open_clip's (see `open_clip_folder`).
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
+    if path.startswith(OPEN_CLIP):
+        return open_clip_folder(path)
     if not path.startswith(EMBEDDED):
         return local_path(path, path)
     shipped = {"base": zoo.base()} | zoo.experts()
@@ -52,27 +46,4 @@ def fetch(repo_id: str, role: str) -> Path:
     Raises:
         EnvironmentProblem: The hub cannot be reached and the repository is not cached.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=_WANTED, local_files_only=offline))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = "the hub cannot be reached" if offline else type(error).__name__
-        raise EnvironmentProblem(
-            f"{role}: {repo_id!r} is no local path and was not found on the hub ({reason}).",
-            "Download it elsewhere and give the path of the local folder.",
-        ) from error
-
-
-def _reachable(endpoint: str, seconds: float = 1.0) -> bool:
-    """Try to connect, so that a machine behind a firewall learns within a second."""
-    url = urlparse(endpoint)
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True  # only the proxy knows
-    try:
-        with socket.create_connection((url.hostname or "", url.port or 443), timeout=seconds):
-            return True
-    except OSError:
-        return False
+    return snapshot(repo_id, role, _WANTED)

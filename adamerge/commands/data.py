@@ -1,48 +1,155 @@
-"""Statistics of the experts from the images that a benchmark file names."""
+"""`adamerge data check`: files, images, classes and digests of a benchmark's data, before any work."""
 
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from adamerge.benchmark import expert_statistics, read_benchmark
-from adamerge.commands.sources import Sources
-from adamerge.data.module import MultiTaskData
-from adamerge.errors import InputError, shortlist
-from adamerge.models import OpenClipBackbone, Statistics, zero_shot_heads
-from adamerge.models.fisher import FisherMode
-from adamerge.vectors import TaskVectors
+import yaml
+
+from adamerge.atomic import refuse_existing, write_text
+from adamerge.benchmarks import configs, define, defined, read_benchmark
+from adamerge.data.checking import Report, check_source
+from adamerge.data.tasks import TaskSpec, resolve
+from adamerge.errors import InputError, nearest
+from adamerge.progress import console
+
+_PARTS = {"test": ("n_test", "digest"), "adapt": ("n_adapt", "adapt_digest")}
+_EXIT_DATA = 3
 
 
-def open_statistics(
-    vectors: TaskVectors, sources: Sources, file: str, *, samples: int, fisher_mode: FisherMode, cache: Path
-) -> Statistics:
-    """Prepare statistics on unlabelled images; nothing is computed before a method asks.
+def data(
+    action: str,
+    *,
+    benchmark: str | None = None,
+    sources: list[str] | None = None,
+    mirror: str | None = None,
+    manifest: str | None = None,
+    write: str | None = None,
+    json: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Count files, images, classes and images per class, and decode every image once.
+
+    Exits with 3 where an image cannot be decoded, or something differs from the manifest: a YAML file
+    with n_test, classes (names in label order, or their number), digest, n_adapt and adapt_digest by
+    task, each only where it is known. The CLIP benchmarks know their n_test.
 
     Args:
-        vectors: The experts.
-        sources: Where they come from.
-        file: A benchmark's YAML file; its ``data`` part names every task's images and classes.
-        samples: Images per task.
-        fisher_mode: How Fisher diagonals are estimated.
-        cache: Folder that keeps the statistics.
-
-    Raises:
-        InputError: The file is no benchmark, or lacks a task of the experts.
-        DataError: Images are missing or damaged.
+        action: What to do: check.
+        benchmark: clip8, clip14, clip20, ...; a YAML file with data.tasks; or embedded.
+        sources: Sources of labelled images instead, each NAME=SOURCE.
+        mirror: A folder where the CLIP benchmarks' data are looked for before the hub is.
+        manifest: What is expected.
+        write: Writes the manifest of what is there to this file.
+        json: Print one JSON document instead of a table.
+        overwrite: Replace the manifest if it exists.
     """
-    [given] = read_benchmark(Path(file), "data")
-    rows = given.get("tasks", {})
-    missing = [task for task in vectors.tasks if task not in rows]
-    if missing:
-        raise InputError(f"{file} has no images of {shortlist(missing)}.", f"It has: {shortlist(rows)}.")
-    backbone = OpenClipBackbone(sources.base)
-    data = MultiTaskData({task: rows[task] for task in vectors.tasks}, holdout=given.get("holdout", 0.0))
-    data.preprocess = backbone.preprocess
-    return expert_statistics(
-        vectors,
-        backbone,
-        zero_shot_heads(sources.base, data.tasks),
-        data,
-        vectors.origins.digests(),
-        samples=samples,
-        fisher_mode=fisher_mode,
-        cache=cache,
-    )
+    if action != "check":
+        raise InputError(f"there is no action {action!r}.", "Write: adamerge data check --benchmark NAME")
+    tasks, expected = _tasks(benchmark, sources, mirror)
+    expected = _read_manifest(Path(manifest), tasks) if manifest else expected
+    if write is not None:
+        refuse_existing(Path(write), overwrite=overwrite)
+    reports = {key: _report(*key, tasks, expected) for key in _parts(tasks)}
+    if json:
+        _print_json(reports)
+    else:
+        _print(reports)
+    if write is not None:
+        write_text(Path(write), yaml.safe_dump(_manifest(reports), sort_keys=False, allow_unicode=True))
+        console.print(f"Manifest of what is there: {write}")
+    return _EXIT_DATA if any(report.problems for report in reports.values()) else 0
+
+
+def _tasks(
+    benchmark: str | None, sources: list[str] | None, mirror: str | None
+) -> tuple[dict[str, TaskSpec], dict[str, dict[str, Any]]]:
+    """Give the rows of all tasks, and what the benchmark itself knows of them."""
+    if (benchmark is None) == (sources is None):
+        raise InputError("either --benchmark or --sources is needed.", "Write --sources NAME=SOURCE ...")
+    if sources is not None:
+        pairs = [source.partition("=") for source in sources]
+        if not all(name and path for name, _, path in pairs):
+            raise InputError(f"--sources {' '.join(sources)}: a name is missing.", "Write NAME=SOURCE ...")
+        return {name: TaskSpec(test=path) for name, _, path in pairs}, {}
+    if benchmark in defined():
+        definition = define(benchmark, mirror=mirror)
+        rows = {name: TaskSpec(**row) for name, row in definition.document["data"]["tasks"].items()}
+        return rows, {name: {"n_test": count} for name, count in definition.premises.images.items()}
+    shipped = {path.stem: path for path in (configs() / "benchmarks").glob("*.yaml")}
+    file = shipped.get(str(benchmark), Path(str(benchmark)))
+    if not file.is_file():
+        known = [*shipped, *defined()]
+        raise InputError(f"there is no benchmark {benchmark!r}.", nearest(str(benchmark), known))
+    return resolve(read_benchmark(file, "data")[0]["tasks"]), {}
+
+
+def _parts(tasks: Mapping[str, TaskSpec]) -> Iterator[tuple[str, str]]:
+    """Name every task's sources once: where both parts are the same images, those are tested."""
+    for name, spec in tasks.items():
+        if spec.adapt and spec.adapt != spec.test:
+            yield name, "adapt"
+        if spec.test:
+            yield name, "test"
+
+
+def _report(
+    name: str, part: str, tasks: Mapping[str, TaskSpec], expected: Mapping[str, Mapping[str, Any]]
+) -> Report:
+    count, digest = _PARTS[part]
+    row = expected.get(name, {})
+    known = {"images": row.get(count), "digest": row.get(digest)}
+    known |= {"classes": row.get("classes")} if part == "test" else {}
+    return check_source(tasks[name], f"task {name!r}, {part} images", known, part=part)
+
+
+def _read_manifest(file: Path, tasks: Mapping[str, TaskSpec]) -> dict[str, dict[str, Any]]:
+    known = {"classes", *(key for keys in _PARTS.values() for key in keys)}
+    try:
+        rows = {str(name): dict(row) for name, row in yaml.safe_load(file.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"--manifest {file} cannot be read: {error}.") from error
+    for name, row in rows.items():
+        for key in row.keys() - known:
+            raise InputError(f"--manifest {file}, {name}: {key!r} is unknown.", nearest(key, known))
+        if name not in tasks:
+            raise InputError(f"--manifest {file} has {name!r}, which is no task.", nearest(name, tasks))
+    return rows
+
+
+def _manifest(reports: Mapping[tuple[str, str], Report]) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, part), report in reports.items():
+        count, digest = _PARTS[part]
+        row = rows.setdefault(name, {})
+        row |= {count: report.images, digest: report.digest}
+        if part == "test":
+            row["classes"] = list(report.classes) or len(report.per_class)
+    return rows
+
+
+def _print_json(reports: Mapping[tuple[str, str], Report]) -> None:
+    rows = [{"task": name, "part": part, **asdict(report)} for (name, part), report in reports.items()]
+    sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print(reports: Mapping[tuple[str, str], Report]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("task", "part", "files", "images", "classes", "per class", "digest"):
+        table.add_column(column, justify="right" if column in ("files", "images", "classes") else "left")
+    for (name, part), report in reports.items():
+        sizes, per_class = max(len(report.classes), len(report.per_class)), report.per_class
+        spread = f"{min(per_class)}-{max(per_class)}" if per_class else "-"
+        cells = (report.files, report.images, sizes, spread, report.digest[:12])
+        table.add_row(name, part, *map(str, cells))
+    out = Console()
+    out.print(table)
+    for (name, part), report in reports.items():
+        for problem in report.problems:
+            out.print(f"{name}, {part}: {problem}", markup=False, soft_wrap=True)

@@ -114,7 +114,7 @@ def merge(
             more = {"of": of, "of_options": of_options or {}}
             recipe |= more
         if row.statistics and data is not None:
-            from adamerge.commands.data import open_statistics  # brings the data module, and its trainer
+            from adamerge.commands.statistics import open_statistics  # brings the trainer along
 
             recipe |= {"data": data, "samples": samples, "fisher_mode": fisher_mode}
             beside = target.with_name(f"{target.name}.statistics")

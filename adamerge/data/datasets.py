@@ -1,91 +1,136 @@
-"""A source's images: all in memory, or a few at a time."""
+"""A source's images: all of them, decoded once, or a few at a time."""
 
-import hashlib
+import json
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Int64, UInt8
-from torch import Tensor
+from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
-from adamerge.data.sources import Preprocess, decode, files_of, image_column, layout_of, open_rows
+from adamerge.data.corruptions import Corrupt, make_corruption
+from adamerge.data.decoded import Decoded, decode_all, decode_once, digests_of
+from adamerge.data.decoding import Preprocess, decode
+from adamerge.data.rows import Rows, open_rows
+from adamerge.data.sources import find_source, image_files
 from adamerge.data.tasks import EMBEDDED, embedded_source
+from adamerge.data.texts import text_column, tokens_of
+from adamerge.digests import sha256_of_all
 from adamerge.errors import AdamergeWarning, DataError, shortlist
 from adamerge.progress import track
 
-if TYPE_CHECKING:
-    from datasets import Dataset as Rows
-
 CORRUPT_CEILING = 0.01
+Whole = UInt8[Tensor, "whole 3 height width"] | Int64[Tensor, "whole field token"]
 
 
-@dataclass(frozen=True)
 class Images(Dataset[dict[str, Tensor]]):
-    """Decoded images of one task, with or without labels.
+    """Decoded images (or the tokens of texts) of one task, with or without labels.
 
-    Attributes:
-        images: uint8 ``[image, 3, height, width]``.
-        labels: ``[image]``, or None where they are absent or were dropped.
+    Args:
+        images: All pixels, in memory or in a mapped file; or tokens.
+        labels: One per image, or None where they are absent or were dropped.
         class_names: What the source calls its labels, in label order; empty where it does not say.
+        digests: SHA-256 of each image, where they are known.
+        rows: Which of the images are meant, and labels and digests belong to; default: all.
     """
 
-    images: UInt8[Tensor, "image 3 height width"]
-    labels: Int64[Tensor, " image"] | None = None
-    class_names: tuple[str, ...] = ()
+    def __init__(
+        self,
+        images: Whole,
+        labels: Int64[Tensor, " image"] | None = None,
+        class_names: tuple[str, ...] = (),
+        *,
+        digests: UInt8[Tensor, "image 32"] | None = None,
+        rows: Int64[Tensor, " image"] | None = None,
+    ) -> None:
+        self.labels, self.class_names = labels, class_names
+        self._whole, self._rows, self._known_digests = images, rows, digests
+
+    @property
+    def images(self) -> Tensor:
+        """All images at once; those of a part are read into memory."""
+        return self._whole if self._rows is None else self._whole[self._rows]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._whole if self._rows is None else self._rows)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         """Give a ready batch in one piece (torch's loaders ask for it)."""
-        index = torch.tensor(indices)
-        batch = {"images": self.images[index], "index": index}
+        index = tensor(indices)
+        batch = {"images": self._whole[self._places(index)], "index": index}
         return [batch if self.labels is None else batch | {"labels": self.labels[index]}]
 
     def part(self, index: Int64[Tensor, " image"]) -> "Images":
-        """Give the images at these indices."""
-        labels = None if self.labels is None else self.labels[index]
-        return Images(self.images[index], labels, self.class_names)
+        """Give the images at these indices; no pixel is copied."""
+        labels, digests = (None if x is None else x[index] for x in (self.labels, self._known_digests))
+        return Images(self._whole, labels, self.class_names, digests=digests, rows=self._places(index))
 
     def digests(self) -> list[bytes]:
         """Hash each decoded image, once, to tell equal images apart from different ones."""
         return self._digests
 
+    def _places(self, index: Tensor) -> Tensor:
+        return index if self._rows is None else self._rows[index]
+
     @cached_property
     def _digests(self) -> list[bytes]:
-        return [hashlib.sha256(image.numpy().tobytes()).digest() for image in self.images]
+        known = self._known_digests
+        return [bytes(row) for row in (digests_of(self.images) if known is None else known).numpy()]
 
 
-def load_images(source: str, preprocess: Preprocess, *, labelled: bool, role: str) -> Images:
+def load_images(
+    source: str,
+    preprocess: Preprocess,
+    *,
+    labelled: bool,
+    role: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    corruption: str | None = None,
+    transform_key: str | None = None,
+) -> Images:
     """Load, decode and preprocess all images of a source.
 
     Args:
-        source: ``embedded:TASK/SPLIT``, a folder of images, a parquet file or folder, or a folder
-            written by ``Dataset.save_to_disk``.
+        source: ``embedded:TASK/SPLIT``, or what `find_source` reads: a folder of images, a parquet file
+            or folder, a folder written by `save_to_disk`, or a hub id, with ``#CONFIG`` and ``@SPLIT``.
         preprocess: From a PIL image to uint8 ``[3, height, width]``.
         labelled: Keep labels; otherwise they are dropped here and reach nobody.
         role: Who asks ("task 'cars', test images"), for messages.
+        image_column: Column of the images; default: image, img, jpg, jpeg, png or webp. Or of texts; default:
+            text or sentence.
+        label_column: Column of the labels; default: label, fine_label, cls or labels.
+        corruption: ``NAME/SEVERITY``, applied before preprocessing.
+        transform_key: Names the preprocessing completely, so that its results are kept in the cache
+            folder and mapped from there the next time; default: nothing is kept.
 
     Raises:
         DataError: Nothing is there, labels are wanted and absent, or too many images are corrupt.
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     if source.startswith(EMBEDDED):
         from adamerge.data.embedded import load_split
 
         images, labels = load_split(*embedded_source(source))
         return Images(images, labels if labelled else None)
-    rows = open_rows(source, role)
-    column = image_column(rows, source, role)
-    labels = _labels_of(rows, source, role) if labelled else None
-    images, kept = _decode(rows, column, preprocess, role=role)
-    if labels is None:
-        return Images(images)
-    return Images(images, labels[kept], tuple(getattr(rows.features["label"], "names", ())))
+    rows = open_rows(find_source(source, role), role)
+    texts = text_column(rows, image_column)
+    column = texts or rows.image_column(image_column)
+    named = rows.label_column(label_column) if labelled else None
+    labels = None if named is None else rows.labels(named)
+    if texts:
+        return Images(tokens_of(rows, column, preprocess), labels, rows.class_names(named) if named else ())
+    found = _decoded(rows, column, preprocess, corruption, transform_key)
+    if found.skipped:
+        told = f"{role}: skipped {shortlist(found.skipped.values())}."
+        warnings.warn(told, AdamergeWarning, stacklevel=2)
+    if named is None or labels is None:
+        return Images(found.images, digests=found.digests)
+    kept = tensor([row for row in range(len(rows)) if row not in found.skipped])
+    return Images(found.images, labels[kept], rows.class_names(named), digests=found.digests)
 
 
 class Chunk(NamedTuple):
@@ -112,36 +157,35 @@ class ImageStream:
     Args:
         source: As for `load_images`.
         role: Who asks, for messages.
+        image_column: As for `load_images`.
 
     Raises:
         DataError: Nothing is there.
     """
 
-    def __init__(self, source: str, role: str) -> None:
-        self._images: Any
+    def __init__(self, source: str, role: str, image_column: str | None = None) -> None:
+        self._encoded: Callable[[], Iterator[Any]]
         if source.startswith(EMBEDDED):
             from adamerge.data.embedded import load_split
 
-            self._images = load_split(*embedded_source(source))[0]
+            images = load_split(*embedded_source(source))[0]
+            self._encoded, self._length = (lambda: iter(images)), len(images)
             return
-        from datasets import Image
-
-        rows = open_rows(source, role)
-        column = image_column(rows, source, role)
-        self._images = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
-        path, layout = Path(source), layout_of(Path(source))
-        listed = path.is_dir() and layout != "datasets"
-        others = files_of(path, images=layout == "parquet") if listed else []
+        found = find_source(source, role)
+        rows = open_rows(found, role)
+        self._encoded, self._length = partial(rows.images, rows.image_column(image_column)), len(rows)
+        is_listed = found.root.is_dir() and found.layout != "datasets"
+        others = image_files(found.root, others=found.layout == "folder") if is_listed else []
         if others:
             warnings.warn(f"{role}: these were left out: {shortlist(others)}.", AdamergeWarning, stacklevel=2)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._length
 
     def chunks(self, preprocess: Preprocess, size: int) -> Iterator[Chunk]:
         """Decode ``size`` images after another (the last time fewer)."""
-        for start in range(0, len(self), size):
-            values = list(self._images[start : start + size])
+        encoded = self._encoded()
+        while values := list(islice(encoded, size)):
             found = [decode(value, preprocess) for value in values]
             yield Chunk(
                 [value.get("path") if isinstance(value, dict) else None for value in values],
@@ -150,45 +194,39 @@ class ImageStream:
             )
 
 
-def _labels_of(rows: "Rows", source: str, role: str) -> Int64[Tensor, " image"]:
-    if "label" not in rows.column_names:
-        raise DataError(
-            f"{role}: {source} has columns {rows.column_names}, and no 'label'.",
-            "Use one sub-folder per class, or a parquet file with 'image' and 'label'.",
-        )
+def _decoded(
+    rows: Rows, column: str, preprocess: Preprocess, corruption: str | None, transform_key: str | None
+) -> Decoded:
+    """Decode, or map what was decoded before where the transform has a name."""
+    decode_rows = partial(_decode_rows, rows, column, preprocess, corruption)
+    if not transform_key or not rows.holds_its_images(column):
+        return decode_all(decode_rows())
+    from PIL import __version__ as pillow
+
     try:
-        return torch.tensor(rows["label"][:], dtype=torch.int64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{role}: the labels of {source} are no numbers ({rows.features['label']}).",
-            "Store each image's index into the class names.",
-        ) from error
+        digest = sha256_of_all(rows.source.files)
+    except OSError:  # a file that cannot be read is told as an image that cannot be decoded
+        return decode_all(decode_rows())
+    parts = [digest, column, corruption, transform_key, pillow]
+    return decode_once(decode_rows, json.dumps(parts), len(rows))
 
 
-def _decode(
-    rows: "Rows", column: str, preprocess: Preprocess, *, role: str
-) -> tuple[UInt8[Tensor, "image 3 height width"], list[int]]:
-    """Decode every image once; drop a few corrupt ones with a warning, refuse many.
+def _decode_rows(
+    rows: Rows, column: str, preprocess: Preprocess, corruption: str | None
+) -> Iterator[Tensor | str]:
+    """Give every row's image, or its name and why there is none; refuse many of these."""
+    corrupt = make_corruption(corruption) if corruption else None
+    problems: list[str] = []
+    for index, value in enumerate(track(rows.images(column), f"Decoding {rows.role}", len(rows))):
+        found = decode(value, partial(_corrupted, preprocess, corrupt, index) if corrupt else preprocess)
+        if isinstance(found, str):
+            found = f"{rows.name_of(index, value)} ({found})"
+            problems.append(found)
+        yield found
+    if len(problems) > CORRUPT_CEILING * len(rows):
+        told = f"{len(problems)} of {len(rows)} images cannot be decoded: {shortlist(problems, 3)}."
+        raise DataError(f"{rows.role}: {told}", "Remove or repair them; at most 1 % is skipped.")
 
-    Returns:
-        The images, and the rows they came from.
-    """
-    from datasets import Image
 
-    encoded: Any = rows.cast_column(column, Image(decode=False))
-    images, kept, corrupt = [], [], []
-    for index, row in enumerate(track(encoded, f"Decoding {role}", len(encoded))):
-        found = decode(row[column], preprocess)
-        if isinstance(found, Tensor):
-            images.append(found)
-            kept.append(index)
-        else:
-            corrupt.append(f"{(row[column] or {}).get('path') or f'row {index}'} ({found})")
-    if len(corrupt) > CORRUPT_CEILING * len(encoded):
-        raise DataError(
-            f"{role}: {len(corrupt)} of {len(encoded)} images cannot be decoded: {shortlist(corrupt, 3)}.",
-            "Remove or repair them; at most 1 % is skipped.",
-        )
-    if corrupt:
-        warnings.warn(f"{role}: skipped {shortlist(corrupt)}.", AdamergeWarning, stacklevel=2)
-    return torch.stack(images), kept
+def _corrupted(preprocess: Preprocess, corrupt: Corrupt, index: int, image: Any) -> Tensor:
+    return preprocess(corrupt(image, index))

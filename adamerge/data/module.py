@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ class MultiTaskData(pl.LightningDataModule):
 
     Each training batch is ``{task: {"images": uint8 [image, 3, h, w], "index": [image]}}``. A part of
     the adaptation images is held out for label-free monitoring (`validate`, the collapse guard). Under
-    several processes the tasks are dealt out to them in turn.
+    several processes the tasks are dealt out to them in turn. A task without adaptation images is
+    evaluated only.
 
     Args:
         tasks: Rows by task name.
@@ -35,6 +36,7 @@ class MultiTaskData(pl.LightningDataModule):
         holdout: Fraction of each task's adaptation images that adaptation does not see.
         seed: Seed of the order of images.
         num_workers: Worker processes per loader; the images do not depend on it.
+        cache: Keep decoded images in the cache folder, where a model's preprocessing has a name.
 
     Raises:
         InputError: A row or an option is wrong.
@@ -49,6 +51,7 @@ class MultiTaskData(pl.LightningDataModule):
         holdout: float = 0.2,
         seed: int = 0,
         num_workers: int = 0,
+        cache: bool = True,
     ) -> None:
         super().__init__()
         if batch_size < 1 or eval_batch_size < 1 or not 0 <= holdout < 1 or num_workers < 0:
@@ -65,11 +68,19 @@ class MultiTaskData(pl.LightningDataModule):
             )
         self.tasks = resolve(tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.holdout, self.seed, self.num_workers = holdout, seed, num_workers
+        self.holdout, self.seed, self.num_workers, self.cache = holdout, seed, num_workers, cache
         self.first_step = 0
         self.preprocess: Preprocess | None = None
+        self.transform_key: str | None = None
         self._loaded: dict[tuple[str, str], Images] = {}
         self._splits: dict[str, tuple[Images, Images]] = {}
+
+    def use(self, backbone: Any) -> None:
+        """Prepare images for a backbone: by its ``preprocess``, which its ``transform_key`` names."""
+        key = getattr(backbone, "transform_key", None) or None
+        if self.transform_key not in (None, key):  # what was loaded is another model's
+            self._loaded, self._splits = {}, {}
+        self.preprocess, self.transform_key = backbone.preprocess, key
 
     def adaptation(self, task: str) -> Images:
         """Give the unlabelled images that training steps draw from."""
@@ -92,6 +103,11 @@ class MultiTaskData(pl.LightningDataModule):
         return images
 
     @property
+    def adapting_tasks(self) -> tuple[str, ...]:
+        """Tasks that have adaptation images."""
+        return tuple(task for task, spec in self.tasks.items() if spec.adapt)
+
+    @property
     def tested_tasks(self) -> tuple[str, ...]:
         """Tasks that have labelled test images."""
         return tuple(task for task, spec in self.tasks.items() if spec.test)
@@ -100,13 +116,13 @@ class MultiTaskData(pl.LightningDataModule):
         """Count, per task, the test images that are among the adaptation images (equal pixels)."""
         counts = {}
         for task in self.tested_tasks:
-            seen = set(self._all_adaptation(task).digests())
+            seen = set(self._all_adaptation(task).digests()) if self.tasks[task].adapt else set()
             counts[task] = sum(image in seen for image in self.test(task).digests())
         return counts
 
     def fingerprint(self) -> dict[str, str]:
         """Hash every task's images and head file (SHA-256), for reports and for resuming."""
-        parts = {f"{task} adaptation": self._all_adaptation(task).digests() for task in self.tasks}
+        parts = {f"{t} adaptation": self._all_adaptation(t).digests() for t in self.adapting_tasks}
         parts |= {f"{task} test": self.test(task).digests() for task in self.tested_tasks}
         heads = {task: spec.head for task, spec in self.tasks.items() if spec.head}
         parts |= {f"{task} head": [Path(head).read_bytes()] for task, head in heads.items()}
@@ -122,7 +138,7 @@ class MultiTaskData(pl.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Walk each task's held-out adaptation images (no labels)."""
-        return [self.loader(self.held_out(task)) for task in self.tasks]
+        return [self.loader(self.held_out(task)) for task in self.adapting_tasks]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Walk each task's labelled test images."""
@@ -139,12 +155,15 @@ class MultiTaskData(pl.LightningDataModule):
         """Give the tasks whose training batches this process computes."""
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        if world > len(self.tasks):
+        tasks = self.adapting_tasks
+        if not tasks:
+            raise InputError("no task has adaptation images.", "Set data.tasks.TASK.adapt.")
+        if world > len(tasks):
             raise InputError(
-                f"{world} processes for {len(self.tasks)} tasks: some would have nothing to do.",
-                f"Use at most --trainer.devices {len(self.tasks)}.",
+                f"{world} processes for {len(tasks)} tasks: some would have nothing to do.",
+                f"Use at most --trainer.devices {len(tasks)}.",
             )
-        return tuple(self.tasks)[rank::world]
+        return tasks[rank::world]
 
     def state_dict(self) -> dict[str, Any]:
         """Remember which step comes next."""
@@ -169,7 +188,7 @@ class MultiTaskData(pl.LightningDataModule):
         return DataLoader(images, batch_sampler=sampler, num_workers=self.num_workers, collate_fn=_first)
 
     def _split(self, task: str) -> tuple[Images, Images]:
-        """Give the parts to adapt on and to monitor; cutting copies the images, so it is done once."""
+        """Give the parts to adapt on and to monitor."""
         if task not in self._splits:
             self._splits[task] = self._cut(task)
         return self._splits[task]
@@ -190,13 +209,23 @@ class MultiTaskData(pl.LightningDataModule):
         if (task, part) not in self._loaded:
             role = f"task {task!r}, {part} images"
             if source is None:
-                raise InputError(f"{role}: none were given.", f"Set data.tasks.{task}.test.")
-            preprocess = self.preprocess or _no_preprocess
-            self._loaded[task, part] = load_images(source, preprocess, labelled=labelled, role=role)
+                name = {"adaptation": "adapt"}.get(part, part)
+                raise InputError(f"{role}: none were given.", f"Set data.tasks.{task}.{name}.")
+            spec = self.tasks[task]
+            self._loaded[task, part] = load_images(
+                source,
+                self.preprocess or _no_preprocess,
+                labelled=labelled,
+                role=role,
+                image_column=spec.image_column,
+                label_column=spec.label_column,
+                corruption=spec.corruption,
+                transform_key=self.transform_key if self.cache else None,
+            )
         return self._loaded[task, part]
 
 
-def _require_same_classes(task: str, images: Images, classes: list[str]) -> None:
+def _require_same_classes(task: str, images: Images, classes: Sequence[str]) -> None:
     """Compare labels, and the source's class names where it has some, with the configured classes."""
     names, hint = images.class_names, "List the class names in label order."
     if names and len(names) != len(classes):

@@ -1,9 +1,10 @@
 """A task is a row: its classes, its prompts and where its images are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from adamerge.data.corruptions import parse_corruption
 from adamerge.errors import InputError
 from adamerge.names import require_file_names
 
@@ -17,27 +18,39 @@ class TaskSpec:
 
     Attributes:
         adapt: Unlabelled images that adaptation sees: a folder of images, a parquet file or folder, a
-            `datasets` folder, or ``embedded:TASK/SPLIT``. Labels found there are dropped.
+            `datasets` folder or a hub id, each with ``#CONFIG`` and ``@SPLIT`` where needed, or
+            ``embedded:TASK/SPLIT``. Labels found there are dropped. None: the task is evaluated only.
         test: Labelled images for `adamerge test`, in the same forms; None: no accuracy is reported.
-        classes: Class names in label order, for the zero-shot head; empty: those of an embedded task.
+        classes: Class names in label order, for the zero-shot head, as a list or as the lines of one text
+            (which a command line reads faster); empty: those of an embedded task.
         templates: Prompts with ``{}`` for the class name; empty: those of an embedded task, else
             "a photo of a {}.".
         head: A safetensors file with ``weight [class, dim]`` instead of a zero-shot head.
+        image_column: Column of the images; default: image, img, jpg, jpeg, png or webp.
+        label_column: Column of the labels; default: label, fine_label, cls or labels.
+        corruption: ``NAME/SEVERITY`` of a corruption of all images, applied before resizing.
     """
 
-    adapt: str
+    adapt: str | None = None
     test: str | None = None
-    classes: list[str] = field(default_factory=list)
+    classes: list[str] | str = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
     head: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    corruption: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.classes, str):
+            self.classes = self.classes.splitlines()
 
 
 def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
     """Fill in what embedded tasks know of themselves, and check the rows.
 
     Raises:
-        InputError: A name cannot be a file name, two names differ only in case, a row has no class
-            names, or a head file does not exist.
+        InputError: A name cannot be a file name, two names differ only in case, a row has no images or
+            no class names, a corruption is unknown, or a head file does not exist.
     """
     if not tasks:
         raise InputError("no tasks were given.", "Name at least one task under data.tasks.")
@@ -47,10 +60,14 @@ def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
 
 def _complete(name: str, spec: TaskSpec) -> TaskSpec:
     classes, templates = spec.classes, spec.templates
-    if spec.adapt.startswith(EMBEDDED):
+    source = spec.adapt or spec.test
+    if source is None:
+        raise InputError(f"task {name!r} has no images.", "Give `adapt`, `test`, or both.")
+    _check_corruption(name, spec)
+    if source.startswith(EMBEDDED):
         from adamerge.data.embedded import EMBEDDED_TASKS
 
-        row = EMBEDDED_TASKS[embedded_source(spec.adapt)[0]]
+        row = EMBEDDED_TASKS[embedded_source(source)[0]]
         classes, templates = classes or list(row.classes), templates or list(row.templates)
     if spec.head and not Path(spec.head).exists():
         raise InputError(f"task {name!r}: head file {spec.head} does not exist.")
@@ -62,7 +79,15 @@ def _complete(name: str, spec: TaskSpec) -> TaskSpec:
     without = [t for t in templates if "{}" not in t]
     if without:
         raise InputError(f"task {name!r}: template {without[0]!r} has no '{{}}' for the class name.")
-    return TaskSpec(spec.adapt, spec.test, classes, templates, spec.head)
+    return replace(spec, classes=classes, templates=templates)
+
+
+def _check_corruption(name: str, spec: TaskSpec) -> None:
+    if spec.corruption is None:
+        return
+    parse_corruption(spec.corruption)
+    if any((source or "").startswith(EMBEDDED) for source in (spec.adapt, spec.test)):
+        raise InputError(f"task {name!r}: embedded images are too small to be corrupted.")
 
 
 def embedded_source(source: str) -> tuple[str, str]:

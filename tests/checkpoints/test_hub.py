@@ -7,7 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from adamerge.checkpoints import hub, open_checkpoint
+from adamerge import hub
+from adamerge.checkpoints import hub as model_hub
+from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import EnvironmentProblem, InputError
 
 
@@ -66,22 +68,22 @@ def test_an_id_that_the_hub_does_not_know_is_told_with_its_reason(monkeypatch: p
     def not_found(*_args: object, **_options: object) -> None:
         raise LocalEntryNotFoundError("no such repository")
 
-    monkeypatch.setattr(hub, "_reachable", lambda endpoint: True)
+    monkeypatch.setattr(hub, "reachable", lambda endpoint: True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", not_found)
     with pytest.raises(EnvironmentProblem, match="LocalEntryNotFoundError"):
-        hub.fetch("owner/name", "base")
+        model_hub.fetch("owner/name", "base")
 
 
 def test_reaching_tries_a_socket_unless_a_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert hub._reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
-    assert not hub._reachable("http://127.0.0.1:9", seconds=0.2)
+        assert hub.reachable(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert not hub.reachable("http://127.0.0.1:9", seconds=0.2)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
-    assert hub._reachable("http://127.0.0.1:9")
+    assert hub.reachable("http://127.0.0.1:9")
 
 
 def test_a_path_that_looks_like_no_hub_id_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(model_hub, "fetch", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="does not exist"):
         open_checkpoint("runs/missing.safetensors")

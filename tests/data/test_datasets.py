@@ -172,8 +172,8 @@ class TestRefusals:
         assert "x.zip" in refused(tmp_path / "x.zip")
 
     def test_rows_without_an_image_column(self, tmp_path: Path) -> None:
-        Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "x.parquet")
-        assert "has columns ['text', 'label'], and none named 'image'" in refused(tmp_path / "x.parquet")
+        Dataset.from_dict({"breed": ["a"], "label": [0]}).to_parquet(tmp_path / "x.parquet")
+        assert "has columns ['breed', 'label'], and none named 'image'" in refused(tmp_path / "x.parquet")
 
     def test_rows_without_labels(self, tmp_path: Path) -> None:
         assert "and no 'label'" in refused(write_rows(tmp_path / "x.parquet", [encoded(0)], None))

@@ -120,6 +120,51 @@ def test_the_fingerprint_follows_the_images(make: Make, rows: Rows) -> None:
         assert [key for key in same if same[key] != other[key]] == [f"bars {name}"]
 
 
+def test_a_task_without_adaptation_images_is_evaluated_only(make: Make) -> None:
+    data = make({"bars": {"adapt": None}})
+    assert data.adapting_tasks == data.tasks_here() == ("circles", "dots")
+    assert data.tested_tasks == TASKS
+    assert list(next(iter(data.train_dataloader()))[0]) == ["circles", "dots"]
+    assert [len(loaders()) for loaders in (data.val_dataloader, data.test_dataloader)] == [2, 3]
+    assert [sum(len(b["index"]) for b in loader) for loader in data.predict_dataloader()] == [9, 9, 9]
+    assert data.transductive()["bars"] == 0
+    assert "bars adaptation" not in data.fingerprint()
+    with pytest.raises(
+        InputError, match="'bars', adaptation images: none were given.\nSet data.tasks.bars.adapt"
+    ):
+        data.adaptation("bars")
+
+
+def test_adapting_needs_a_task_with_images(make: Make) -> None:
+    data = make({task: {"adapt": None} for task in TASKS})
+    with pytest.raises(InputError, match="no task has adaptation images"):
+        data.train_dataloader()
+
+
+class TestBackbones:
+    @staticmethod
+    def backbone(key: str, level: int) -> Any:
+        def preprocess(_: object) -> torch.Tensor:
+            return torch.full((3, 2, 2), level, dtype=torch.uint8)
+
+        return SimpleNamespace(preprocess=preprocess, transform_key=key)
+
+    def test_images_of_another_backbone_are_loaded_anew(self, make: Make) -> None:
+        data = make()
+        for key, level in (("a", 1), ("a", 1), ("b", 2)):
+            data.use(self.backbone(key, level))
+            assert data.adaptation("bars").images.unique().tolist() == [level]
+
+    @pytest.mark.parametrize(("cache", "expected"), [(True, 3), (False, 4)])
+    def test_a_named_transform_is_computed_once(self, make: Make, cache: bool, expected: int) -> None:
+        make(cache=cache).test("bars")
+        for level in (3, 4):
+            data = make(cache=cache)
+            data.use(self.backbone(f"named {cache}", level))
+            found = data.test("bars").images.unique().tolist()
+        assert found == [expected]
+
+
 @pytest.mark.parametrize(
     ("rank", "world", "mine"),
     [(0, 1, TASKS), (0, 2, ("circles", "dots")), (1, 2, ("bars",)), (2, 3, ("dots",))],

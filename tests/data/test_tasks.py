@@ -26,6 +26,11 @@ def test_embedded_tasks_know_their_classes_and_templates() -> None:
     assert (own.classes, own.templates) == (["x"], ["{}!"])
 
 
+def test_an_unseen_embedded_task_knows_them_too() -> None:
+    name, known = next(iter(EMBEDDED_TASKS.items()))
+    assert resolve({name: TaskSpec(test=f"embedded:{name}/test")})[name].classes == list(known.classes)
+
+
 def test_a_head_file_needs_no_class_names(tmp_path: Path) -> None:
     save_file({"weight": ones(2, 2)}, tmp_path / "head.safetensors")
     assert (
@@ -43,6 +48,9 @@ def test_a_head_file_needs_no_class_names(tmp_path: Path) -> None:
         ({"": ROW}, "task name '' cannot be"),
         ({".hidden": ROW}, "task name '.hidden' cannot be"),
         ({"cars": TaskSpec("images")}, "task 'cars' has no class names"),
+        ({"cars": TaskSpec(classes=["a"])}, "task 'cars' has no images.\nGive `adapt`, `test`, or both"),
+        ({"cars": TaskSpec("x", classes=["a"], corruption="fog")}, "corruption 'fog' is unknown"),
+        ({"mnist": TaskSpec("embedded:mnist/adapt", corruption="contrast")}, "too small to be corrupted"),
         (
             {"cars": TaskSpec("images", classes=["a"], templates=["a photo"])},
             "template 'a photo' has no '{}'",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adamerge.checkpoints import digests
-from adamerge.checkpoints.digests import sha256
+from adamerge import digests
+from adamerge.digests import sha256
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""Counts a source's files, images and classes, and names what differs from what is expected."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamerge.data.decoded import digests_of
+from adamerge.data.decoding import content, decode
+from adamerge.data.rows import open_rows
+from adamerge.data.sources import find_source
+from adamerge.data.tasks import EMBEDDED, TaskSpec, embedded_source
+from adamerge.errors import DataError, shortlist
+from adamerge.progress import track
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a source holds.
+
+    Attributes:
+        source: As it was given; empty where none was.
+        files: Number of files.
+        images: Number of images, those that cannot be decoded among them.
+        classes: Class names in label order: the source's own, else the task's.
+        per_class: Images of each class; empty without labels.
+        undecodable: Images that cannot be decoded, and why.
+        digest: SHA-256 of all encoded images and their labels, whatever their order and container.
+        problems: What is wrong, or differs from what was expected.
+    """
+
+    source: str
+    files: int = 0
+    images: int = 0
+    classes: tuple[str, ...] = ()
+    per_class: tuple[int, ...] = ()
+    undecodable: tuple[str, ...] = ()
+    digest: str = ""
+    problems: tuple[str, ...] = ()
+
+
+def check_source(
+    spec: TaskSpec, role: str, expected: Mapping[str, Any] | None = None, *, part: str = "test"
+) -> Report:
+    """Read a task's images once and compare them with what is expected.
+
+    Args:
+        spec: The task's row.
+        role: What it is called in messages ("task 'cars', test images").
+        expected: ``images`` (a number), ``classes`` (names in label order, or their number) and
+            ``digest``, each only where it is known.
+        part: "test" (labels are needed) or "adapt" (labels are not read).
+
+    Returns:
+        The report; what cannot be read at all is a problem in it.
+
+    Raises:
+        EnvironmentProblem: A hub id was given and the hub cannot be reached.
+    """
+    source = spec.test if part == "test" else spec.adapt
+    if source is None:
+        return Report("", problems=("no images were given",))
+    try:
+        report = _count(source, spec, role, labelled=part == "test")
+    except DataError as error:
+        return Report(source, problems=(" ".join(str(error).splitlines()),))
+    return replace(report, problems=(*_faults(report, spec.classes), *_differences(report, expected or {})))
+
+
+def _count(source: str, spec: TaskSpec, role: str, *, labelled: bool) -> Report:
+    if source.startswith(EMBEDDED):
+        from adamerge.data.embedded import load_split
+
+        images, labels = load_split(*embedded_source(source))
+        found = Report(source, files=1, classes=tuple(spec.classes))
+        return _with_counts(found, map(bytes, digests_of(images).numpy()), labels if labelled else None)
+    rows = open_rows(find_source(source, role), role)
+    column = rows.image_column(spec.image_column)
+    named = rows.label_column(spec.label_column) if labelled else None
+    hashes, undecodable = [], []
+    for index, value in enumerate(track(rows.images(column), f"Checking {role}", len(rows))):
+        problem = decode(value, _nothing)
+        if isinstance(problem, str):
+            undecodable.append(f"{rows.name_of(index, value)} ({problem})")
+        hashes.append(hashlib.sha256(content(value) if value else b"").digest())
+    classes = (rows.class_names(named) if named else ()) or tuple(spec.classes)
+    found = Report(source, len(rows.source.files), classes=classes, undecodable=tuple(undecodable))
+    return _with_counts(found, hashes, rows.labels(named) if named else None)
+
+
+def _with_counts(report: Report, hashes: Iterable[bytes], labels: Tensor | None) -> Report:
+    """Add number, digest and images per class; a label that is no class's has none."""
+    hashes = list(hashes)
+    told = [-1] * len(hashes) if labels is None else labels.tolist()
+    parts = sorted(b"%s %d" % pair for pair in zip(hashes, told, strict=True))
+    size = max(len(report.classes), *(label + 1 for label in told), 0)
+    return replace(
+        report,
+        images=len(parts),
+        per_class=() if labels is None else tuple(told.count(label) for label in range(size)),
+        digest=hashlib.sha256(b"".join(parts)).hexdigest(),
+    )
+
+
+def _faults(report: Report, classes: Sequence[str]) -> Iterator[str]:
+    """Say what no source should have."""
+    if report.undecodable:
+        count = f"{len(report.undecodable)} of {report.images} images"
+        yield f"{count} cannot be decoded: {shortlist(report.undecodable, 3)}"
+    if classes and max(len(report.classes), len(report.per_class)) != len(classes):
+        yield f"{max(len(report.classes), len(report.per_class))} classes, the task has {len(classes)} names"
+    if sum(report.per_class) not in (0, report.images):
+        yield f"{report.images - sum(report.per_class)} images have a negative label"
+
+
+def _differences(report: Report, expected: Mapping[str, Any]) -> Iterator[str]:
+    """Say what differs from what is expected."""
+    images, classes = expected.get("images"), expected.get("classes")
+    if images is not None and images != report.images:
+        yield f"{report.images} images, {images} are expected"
+    count = classes if isinstance(classes, int) else len(classes or ())
+    found = max(len(report.classes), len(report.per_class))
+    if count and found != count:
+        yield f"{found} classes, {count} are expected"
+    if classes and not isinstance(classes, int) and report.classes:
+        pairs = enumerate(zip_longest(classes, report.classes))
+        moved = next(((i, a, b) for i, (a, b) in pairs if _folded(a) != _folded(b)), None)
+        if moved:
+            yield "classes differ first at index {}: {!r} is expected, found {!r}".format(*moved)
+    if expected.get("digest") not in (None, report.digest):
+        yield f"the digest is {report.digest[:12]}..., {str(expected['digest'])[:12]}... is expected"
+
+
+def _folded(name: str | None) -> str | None:
+    """Class names are equal whatever the case, and whether words are joined by _ or -."""
+    return None if name is None else name.casefold().replace("_", " ").replace("-", " ")
+
+
+def _nothing(_image: Any) -> Tensor:
+    return torch.empty(0)
