@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from adamerge.data.tasks import TaskSpec
     from adamerge.errors import InputError
     from adamerge.mixture import Mixture, load, save_mixture
-    from adamerge.models import Head, ModuleBackbone, OpenClipBackbone, Statistics, zero_shot_heads
+    from adamerge.models import (
+        Head,
+        ModuleBackbone,
+        OpenClipBackbone,
+        Statistics,
+        open_backbone,
+        open_heads,
+        recalibrate,
+        zero_shot_heads,
+    )
     from adamerge.objectives import (
         Entropy,
         KLTeacher,
@@ -54,8 +63,11 @@ _HOME = {
     "edit": "static",
     "load": "mixture",
     "merge": "static",
+    "open_backbone": "models",
     "open_checkpoint": "checkpoints",
+    "open_heads": "models",
     "rebase": "vectors",
+    "recalibrate": "models",
     "save": "checkpoints",
     "save_mixture": "mixture",
     "staged_step": "vectors",
@@ -89,8 +101,11 @@ __all__ = [
     "edit",
     "load",
     "merge",
+    "open_backbone",
     "open_checkpoint",
+    "open_heads",
     "rebase",
+    "recalibrate",
     "save",
     "save_mixture",
     "staged_step",

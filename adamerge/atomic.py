@@ -129,6 +129,8 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _share(path: Path) -> None:
     """Give ordinary permissions: safetensors writes files that only their owner can read."""
+    if path.is_symlink():
+        return  # what it leads to is not ours
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from adamerge.errors import InputError
 
 Shape = tuple[int, ...]
-PREFIXES = ("module.", "model.", "vision_model.", "visual.")
+PREFIXES = ("module.", "model.", "vision_model.", "visual.", "image_encoder.", "image_encoder.model.")
 _TOWERS = ("visual.", "vision_model.")  # an image tower alone is a complete expert of a CLIP
 _PATCHES = re.compile(r"(.*\.)?(conv1|conv_proj|projection|patch_embedding|patch_embed\.proj)\.weight")
 _WIDTHS = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}

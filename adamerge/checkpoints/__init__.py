@@ -5,12 +5,13 @@ from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader
-from adamerge.checkpoints.writing import save, save_stream, save_tensors
+from adamerge.checkpoints.writing import copy_companions, save, save_stream, save_tensors
 
 __all__ = [
     "Adapter",
     "Checkpoint",
     "SpanReader",
+    "copy_companions",
     "is_adapter",
     "local_path",
     "locate",

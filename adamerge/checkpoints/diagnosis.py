@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from adamerge.checkpoints.unpickling import is_refused
 from adamerge.errors import InputError, shortlist
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -44,11 +45,17 @@ def refusal(file: Path) -> InputError:
             hint = "Download it again."
         elif head.startswith(b"PK\x03\x04"):
             return _refused_archive(file)
-        elif head[4:9] != _HEADER and (head.startswith(b"\x80") or file.suffix in PICKLES):
+        elif looks_pickled(head, file):
             return _refused_pickle(file, imports_of(head + stream.read(_MOST)))
         else:
             problem, hint = _measured(head, size, stream), "Download it again."
     return InputError(f"{file} cannot be read: {problem}.", hint)
+
+
+def looks_pickled(head: bytes, file: Path) -> bool:
+    """Tell a pickle by its first bytes; those of old protocols are letters."""
+    old = file.suffix in PICKLES and head[:1] in (b"(", b"c", b"]", b"}")
+    return old or (head.startswith(b"\x80") and head[4:9] != _HEADER)
 
 
 def in_units(*sizes: int) -> str:
@@ -104,7 +111,7 @@ def _refused_archive(file: Path) -> InputError:
         return InputError(f"{file} cannot be read: {problem}.", "Download it again.")
     if any(Path(name).name == "constants.pkl" for name in names):
         problem = "it is a TorchScript archive, which is code"
-        hint = "Where you trust it: torch.jit.load(...), then save its state dict as safetensors."
+        hint = f"Read its tensors without running it: adamerge convert {file}"
         return InputError(f"{file} cannot be read: {problem}.", hint)
     return _refused_pickle(file, imports)
 
@@ -112,18 +119,17 @@ def _refused_archive(file: Path) -> InputError:
 def _refused_pickle(file: Path, imports: list[str]) -> InputError:
     """Name what a pickle would import; what is outside the usual libraries first."""
     foreign = [name for name in imports if not _PLAIN.fullmatch(name)]
+    convert = f"adamerge convert {file}"
     if not foreign:
         problem = "it is a pickle, which can run code"
-        hint = "In Python, save its state dict as safetensors first: save_file(torch.load(...), ...)."
-        return InputError(f"{file} cannot be read: {problem}.", hint)
-    foreign.sort(key=lambda name: _FAMILIAR.match(name) is not None)
-    hint = "Loading it would run that code. If you trust its author, load it in an environment of its own "
+        return InputError(f"{file} cannot be read: {problem}.", f"Read it without running it: {convert}")
+    foreign.sort(key=lambda name: (not is_refused(name), _FAMILIAR.match(name) is not None))
+    hint = f"It is a whole model, or more. Read its tensors without running it: {convert}"
     if any(_RESEARCH.fullmatch(name) for name in foreign):
-        hint = "It is a whole model of task-vector research code. Load it with that code and open_clip 2.0.2 "
-    return InputError(
-        f"{file} refused: the file asks to import {shortlist(foreign)}.",
-        hint + "and save its state dict as safetensors first.",
-    )
+        hint = f"It is a whole model of task-vector research code. Read its tensors: {convert}"
+    if is_refused(foreign[0]):
+        hint = "Loading it would run that code. Ask its author for safetensors."
+    return InputError(f"{file} refused: the file asks to import {shortlist(foreign)}.", hint)
 
 
 def _measured(head: bytes, size: int, stream: BinaryIO) -> str:

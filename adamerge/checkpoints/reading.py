@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge.checkpoints.diagnosis import in_units, refusal
-from adamerge.checkpoints.digests import sha256
 from adamerge.checkpoints.header import DTYPES, Entry, read_header
 from adamerge.checkpoints.hub import local_path
+from adamerge.digests import sha256
 from adamerge.errors import InputError, shortlist
 from adamerge.state import TensorInfo
 
 INDEX = "model.safetensors.index.json"
-SINGLE_FILES = ("model.safetensors", "open_clip_model.safetensors")
+SINGLE_FILES = ("open_clip_model.safetensors", "model.safetensors")  # as `open_backbone` looks at folders
 _PICKLED_FILES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
@@ -90,6 +91,16 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{entry.file} has changed since it was opened.", "Start again with the new file."
             )
         return entry
+
+    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """Give the same files under other names, and without the tensors that have none.
+
+        Args:
+            names: From each new name to the old one.
+        """
+        view = copy(self)
+        view._entries = {new: self._entries[old] for new, old in names.items()}
+        return view
 
     def file_digest(self, *, fresh: bool = False) -> str:
         """Hash the bytes of all files (SHA-256), which stands for this checkpoint in reports.

@@ -97,7 +97,7 @@ def save_stream(
             _Shards(layout, infos, {layout.root: file}, metadata).fill(tensors)
         return out
     with atomic_folder(out, overwrite=overwrite) as folder:
-        _copy_companions(layout, folder, dtype)
+        copy_companions(layout.root, folder, dtype)
         _Shards(layout, infos, {f: folder / f.name for f in layout.files}, metadata).fill(tensors)
         _write_index(layout, folder, n_bytes)
         if card is not None:
@@ -225,9 +225,9 @@ def _require_same_tensors(state: State, layout: Checkpoint) -> None:
         )
 
 
-def _copy_companions(layout: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+def copy_companions(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Copy what is not weights: configuration (which names the dtype), tokenizer, processor."""
-    for path in sorted(layout.root.iterdir()):
+    for path in sorted(source.iterdir()):
         is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and path.name != "README.md":
             shutil.copyfile(path, folder / path.name)

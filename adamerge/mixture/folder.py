@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from adamerge import coefficients
 from adamerge.atomic import atomic_folder, refuse_existing, require_free_space
-from adamerge.checkpoints import local_path, open_checkpoint, save_tensors
+from adamerge.checkpoints import copy_companions, local_path, open_checkpoint, save_tensors
 from adamerge.coefficients import Routing
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
-from adamerge.models import Backbone, Head, OpenClipBackbone
-from adamerge.models.open_clip import CONFIG, read_config
+from adamerge.models import Backbone, Head, open_backbone
+from adamerge.models.opening import format_of
 from adamerge.state import State
 from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
 from adamerge.vectors.ternary import TernaryBlock
@@ -42,21 +41,21 @@ def save_mixture(
     Args:
         mixture: The model.
         out: Folder to make.
-        like: The base's open_clip folder, whose configuration is copied; without it the folder loads
-            only with `load(out, backbone=...)`.
+        like: The base's folder, whose configuration, tokenizer and processor are copied; without it the
+            folder loads only with `load(out, backbone=...)`.
         card: Text of the folder's README.md.
         provenance: Where the model comes from: digests, configuration; written as it is.
         overwrite: Replace ``out`` if it exists; the old one stays until the new one is complete.
 
     Raises:
-        InputError: ``out`` exists, ``like`` has no configuration, or the experts are stored in files of
+        InputError: ``out`` exists, ``like`` is in no known format, or the experts are stored in files of
             their own.
         EnvironmentProblem: The disk is full or not writable.
     """
     out = Path(out)
     refuse_existing(out, overwrite=overwrite)
     if like is not None:
-        read_config(Path(like))
+        format_of(Path(like))
     tensors, blocks = _packed(mixture)
     require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors.values()))
     document = _header(mixture.heads, mixture.classes, provenance) | {
@@ -67,10 +66,10 @@ def save_mixture(
         "aliases": {a: name for a, name in mixture.vectors.aliases.items() if name in mixture.read},
     }
     with atomic_folder(out, overwrite=overwrite) as folder:
+        if like is not None:
+            copy_companions(Path(like), folder)
         save_tensors(tensors, folder / WEIGHTS)
         _write_document(folder, document)
-        if like is not None:
-            shutil.copyfile(Path(like) / CONFIG, folder / CONFIG)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
     return out
@@ -94,7 +93,7 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
 
     Args:
         folder: The folder, or a hub id.
-        backbone: The architecture, where the folder does not hold an open_clip configuration.
+        backbone: The architecture, where the folder does not hold the base's configuration.
 
     Returns:
         A module in evaluation mode; see `Mixture.predict`.
@@ -105,11 +104,13 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
     path = local_path(folder, "model")
     document = _document(path)
     try:
-        backbone = backbone or OpenClipBackbone(path)
         if document["kind"] == "checkpoint":
-            mixture = _static(path, document, backbone)
+            mixture = _static(path, document, backbone or open_backbone(path))
         else:
-            mixture = _mixture(open_checkpoint(path / WEIGHTS, role="model"), document, backbone)
+            tensors = open_checkpoint(path / WEIGHTS, role="model")
+            names = [name.removeprefix("shared/") for name in tensors if name.startswith("shared/")]
+            backbone = backbone or open_backbone(path, [*names, *document["aliases"]])
+            mixture = _mixture(tensors, document, backbone)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged: {type(error).__name__} {error}.", "Copy it again, or save the model again."

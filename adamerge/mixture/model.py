@@ -261,8 +261,8 @@ def _linear_weights(backbone: Backbone) -> set[str]:
     kinds, module = (nn.Linear, nn.MultiheadAttention), getattr(backbone, "module", nn.Module())
     parts = [(name, part) for name, part in module.named_modules() if isinstance(part, kinds)]
     own = (f"{name}.{key}" for name, part in parts for key, _ in part.named_parameters(recurse=False))
-    prefix = getattr(backbone, "prefix", "")
-    return {prefix + name for name in own if name.endswith("weight")}
+    files: dict[str, str] = getattr(backbone, "files", {})
+    return {files[name] for name in own if name.endswith("weight") and name in files}
 
 
 def _require_batch_first(backbone: Backbone) -> None:

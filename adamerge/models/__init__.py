@@ -3,7 +3,9 @@
 from adamerge.models.base import Backbone, ModuleBackbone
 from adamerge.models.evaluate import accuracy, predict_all, union_accuracy, walk
 from adamerge.models.heads import Head, require_class_names
-from adamerge.models.open_clip import OpenClipBackbone, zero_shot_heads
+from adamerge.models.open_clip import OpenClipBackbone
+from adamerge.models.opening import open_backbone, open_heads, zero_shot_heads
+from adamerge.models.recalibration import recalibrate
 from adamerge.models.statistics import Statistics
 
 __all__ = [
@@ -13,7 +15,10 @@ __all__ = [
     "OpenClipBackbone",
     "Statistics",
     "accuracy",
+    "open_backbone",
+    "open_heads",
     "predict_all",
+    "recalibrate",
     "require_class_names",
     "union_accuracy",
     "walk",

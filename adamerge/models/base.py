@@ -1,19 +1,31 @@
 """A backbone turns weights and inputs into features, without ever changing a module."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adamerge.errors import InputError, shortlist
 from adamerge.state import State
+
+Opener = Callable[[Path, str, State], State]
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What the trainer may ask of a model."""
+    """What the trainer may ask of a model.
+
+    Attributes:
+        modality: "image" or "text": what `preprocess` takes.
+        transform_key: A JSON text that names the preprocessing completely; empty where there is none.
+    """
+
+    modality: str
+    transform_key: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -24,13 +36,29 @@ class Backbone(Protocol):
         """Give pooled features under these weights; differentiable in the weights."""
         ...
 
-    def preprocess(self, image: Any) -> Tensor:
-        """Turn one PIL image into an input of `features`, without batch axis."""
+    def preprocess(self, value: Any) -> Tensor:
+        """Turn one PIL image, or one text, into an input of `features`, without batch axis."""
         ...
 
     def to(self, device: torch.device) -> "Backbone":
         """Move what the backbone itself holds to a device."""
         ...
+
+
+class ImageTransform(NamedTuple):
+    """From a PIL image to what a module reads: geometry in uint8 first, arithmetic on the device later.
+
+    Attributes:
+        preprocess: From a PIL image to a uint8 tensor ``[channel, height, width]``.
+        mean: Channel means of the normalisation of uint8 images, in units of the full range.
+        std: Channel standard deviations, likewise.
+        transform_key: A JSON text that names all of it: library, version, sizes, interpolation.
+    """
+
+    preprocess: Callable[[Any], Tensor]
+    mean: Sequence[float]
+    std: Sequence[float]
+    transform_key: str
 
 
 class ModuleBackbone:
@@ -40,10 +68,20 @@ class ModuleBackbone:
         module: The architecture; its own values are used only for tensors that `features` is not
             given. It may live on the meta device. It is put in evaluation mode and stays there.
         prefix: What stands before the module's parameter names in the checkpoint ("visual.").
-        mean: Channel means of the normalisation of uint8 images, in units of the full range.
-        std: Channel standard deviations, likewise.
-        preprocess: From a PIL image to a uint8 tensor ``[channel, height, width]``.
+        mean: See `ImageTransform`.
+        std: See `ImageTransform`.
+        preprocess: See `ImageTransform`.
+        transform_key: See `ImageTransform`.
+        pool: From the module's output to the features.
+        activation: Name of the activation function, which weights do not tell: "gelu", "quick_gelu".
+
+    Attributes:
+        files: From the module's names of its tensors to the checkpoint's.
+        unmerged: Names of tensors that no merge touches, whatever their shapes: classifiers.
     """
+
+    modality = "image"
+    unmerged: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -53,11 +91,20 @@ class ModuleBackbone:
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         preprocess: Callable[[Any], Tensor] | None = None,
+        transform_key: str = "",
+        pool: Callable[[Any], Tensor] = lambda output: output,
+        activation: str | None = None,
     ) -> None:
         self.module = module.eval().requires_grad_(False)
-        self.prefix = prefix
+        parameters = [*module.named_parameters(remove_duplicate=False)]
         # looking for tied weights takes as long as a small layer: once is enough
-        self._is_tied = len([*module.named_parameters(remove_duplicate=False)]) > len([*module.parameters()])
+        self._is_tied = len(parameters) > len([*module.parameters()])
+        self.files = {name: prefix + name for name, _ in (*parameters, *module.named_buffers())}
+        self._own = {file: name for name, file in self.files.items()}
+        named = [*module.named_parameters(), *module.named_buffers()]
+        self._names = tuple(prefix + name for name, tensor in named if tensor.is_floating_point())
+        self._hollow = {name for name, tensor in named if tensor.is_meta and tensor.is_floating_point()}
+        self.transform_key, self.activation, self._pool = transform_key, activation, pool
         self.mean = torch.tensor(mean).reshape(-1, 1, 1)
         self.std = torch.tensor(std).reshape(-1, 1, 1)
         self._preprocess = preprocess
@@ -65,30 +112,62 @@ class ModuleBackbone:
     @property
     def names(self) -> tuple[str, ...]:
         """Checkpoint names of the module's parameters and floating buffers."""
-        named = [*self.module.named_parameters(), *self.module.named_buffers()]
-        return tuple(self.prefix + name for name, tensor in named if tensor.is_floating_point())
+        return self._names
 
     def features(self, weights: State, inputs: Tensor) -> Float[Tensor, "image dim"]:
         """Give the module's output under these weights.
 
         Args:
-            weights: By checkpoint name; names outside the prefix are ignored.
+            weights: By checkpoint name; names that are not the module's are ignored.
             inputs: uint8 images ``[image, channel, height, width]``, normalised here, on the device;
                 or inputs of another dtype, passed on as they are.
+
+        Raises:
+            InputError: A weight is missing that the module has no value of.
         """
-        cut = len(self.prefix)
-        own = {name[cut:]: w for name, w in weights.items() if name.startswith(self.prefix)}
+        own = {self._own[name]: w for name, w in weights.items() if name in self._own}
+        missing = self._hollow.difference(own)
+        if missing and not self._is_tied:  # torch computes with memory that nobody has written
+            raise InputError(f"the weights lack {shortlist(sorted(self.files[name] for name in missing))}.")
         if inputs.dtype == torch.uint8:
             inputs = (inputs.float() / 255 - self.mean) / self.std
-        return functional_call(self.module, own, (inputs,), tie_weights=self._is_tied)
+        return self._pool(functional_call(self.module, own, (inputs,), tie_weights=self._is_tied))
 
-    def preprocess(self, image: Any) -> Tensor:
+    def preprocess(self, value: Any) -> Tensor:
         """Turn one PIL image into a uint8 tensor; a backbone without transform passes it on."""
-        return self._preprocess(image) if self._preprocess else image
+        return self._preprocess(value) if self._preprocess else value
+
+    def expert(self, path: Path, role: str, base: State, opener: Opener) -> State:
+        """Open an expert by the base's tensor names.
+
+        Args:
+            path: What the expert is stored in.
+            role: Who this is ("expert 'cars'"), for error messages.
+            base: The base's state.
+            opener: Opens a path as an expert of a state.
+        """
+        return opener(path, role, base)
 
     def to(self, device: torch.device) -> "ModuleBackbone":
-        """Move normalisation constants, and the module unless it has no values, to a device."""
-        if not any(p.is_meta for p in self.module.parameters()):
+        """Move normalisation constants, and what the module has of values, to a device."""
+        if any(p.is_meta for p in self.module.parameters()):
+            for part in self.module.modules():
+                for name, buffer in part.named_buffers(recurse=False):
+                    setattr(part, name, buffer if buffer.is_meta else buffer.to(device))
+        else:
             self.module.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
+
+
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a module on the meta device, but for the counters that Hugging Face models hold as buffers."""
+    with torch.device("meta"):
+        module = make()
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name == "position_ids":
+                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+            elif name == "token_type_ids":
+                setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return module

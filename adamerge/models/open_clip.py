@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 from torch import Tensor
 
-from adamerge.data.tasks import TaskSpec, resolve
+from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
 from adamerge.models.base import ModuleBackbone
+from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
 
 CONFIG = "open_clip_config.json"
@@ -45,45 +47,46 @@ class OpenClipBackbone(ModuleBackbone):
                 image = step(image)
             return pil_to_tensor(image)
 
+        versions = {"library": f"open_clip {open_clip.__version__}", "pillow": PIL.__version__}
         super().__init__(
             model.visual,
             prefix="visual.",
             mean=config["mean"],
             std=config["std"],
             preprocess=preprocess,
+            transform_key=json.dumps(versions | config, sort_keys=True),
+            activation=open_clip_activation(Path(path)),
         )
 
 
-def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str, Head]:
-    """Build every task's frozen head: from its head file, or from the base's own text tower.
+def is_open_clip(path: Path) -> bool:
+    """Tell whether a folder is in open_clip's format."""
+    return (path / CONFIG).is_file()
 
-    Args:
-        path: The base's open_clip folder.
-        tasks: Class names and templates, or a head file, by task name.
 
-    Returns:
-        One head per task; logits are scaled by the base's exp(logit scale).
-    """
-    tasks = resolve(tasks)
-    from_file = {t: Head.from_file(spec.head) for t, spec in tasks.items() if spec.head}
-    if len(from_file) == len(tasks):
-        return from_file
+def open_clip_heads(path: Path, tasks: Mapping[str, TaskSpec], _: object = None) -> dict[str, Head]:
+    """Build zero-shot heads with the text tower; logits are scaled by the base's exp(logit scale)."""
     import open_clip
 
-    read_config(Path(path))
-    with _quiet():
-        model: Any = open_clip.create_model(f"local-dir:{path}").eval()
-        tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{path}")
+    read_config(path)
 
-    @torch.no_grad()
-    def encode(prompts: list[str]) -> Tensor:
-        return model.encode_text(tokenizer(prompts))
+    def load() -> TextTower:
+        try:
+            with _quiet():
+                model: Any = open_clip.create_model(f"local-dir:{path}").eval()
+                tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{path}")
+        except (RuntimeError, OSError, FileNotFoundError) as error:
+            raise without_text_tower(path, str(error).splitlines()[-1].strip()) from error
+        return TextTower(
+            lambda prompts: model.encode_text(tokenizer(prompts)), float(model.logit_scale.detach().exp())
+        )
 
-    scale = float(model.logit_scale.detach().exp())
-    return {
-        task: from_file.get(task) or Head.zero_shot(encode, spec.classes, spec.templates, scale)
-        for task, spec in tasks.items()
-    }
+    return zero_shot(path, f"open_clip {open_clip.__version__}", load, tasks)
+
+
+def open_clip_activation(path: Path) -> str:
+    """Tell the activation that a folder's configuration names."""
+    return "quick_gelu" if read_config(path).get("model_cfg", {}).get("quick_gelu") else "gelu"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -104,20 +107,20 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def require_same_configuration(base: Path, experts: Mapping[str, Path]) -> None:
-    """Compare the configurations of base and expert folders; experts that are plain files have none.
+    """Compare the configurations of base and expert folders; those that are in another format have none.
 
     Raises:
         InputError: Architecture, activation or preprocessing differ.
     """
+    if not is_open_clip(base):
+        return
     expected = read_config(base)
     for task, expert in experts.items():
-        if not (expert / CONFIG).exists():
-            continue
-        found = read_config(expert)
+        found = read_config(expert) if is_open_clip(expert) else expected
         for part in ("model_cfg", "preprocess_cfg"):
             for key in sorted(expected.get(part, {}).keys() | found.get(part, {}).keys()):
-                ours, theirs = expected.get(part, {}).get(key), found.get(part, {}).get(key)
-                if ours != theirs:
+                ours, theirs = (config.get(part, {}).get(key) for config in (expected, found))
+                if ours != theirs and bool(ours) + bool(theirs):
                     raise InputError(
                         f"{part}.{key} differs: base {ours!r}, expert {task!r} {theirs!r}.",
                         "Experts must share the base's architecture, activation and preprocessing.",

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.checkpoints import is_adapter, local_path, open_adapter, open_checkpoint
+from adamerge.checkpoints.renaming import under_names_of
 from adamerge.compression import is_compressed, open_compressed
 from adamerge.errors import InputError, nearest
 from adamerge.state import State, audit, tied_names
@@ -214,7 +215,7 @@ def open_base(source: Source, role: str = "base") -> State:
 
 
 def open_expert(source: Source, role: str, base: State) -> State:
-    """Open an expert: what `open_base` opens, a PEFT folder, or a file of `adamerge compress`."""
+    """Open an expert under the base's names: what `open_base` opens, a PEFT folder, or a compressed file."""
     if not isinstance(source, str | Path):
         return source
     path = local_path(source, role)
@@ -222,7 +223,7 @@ def open_expert(source: Source, role: str, base: State) -> State:
         return open_adapter(path, base, role=role)
     if is_compressed(path):
         return open_compressed(path, base, role=role)
-    return open_checkpoint(path, role=role)
+    return under_names_of(base, open_checkpoint(path, role=role))
 
 
 def _encode(codec: Codec, name: str, base: Tensor, vectors: Tensor) -> Block:

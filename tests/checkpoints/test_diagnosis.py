@@ -106,16 +106,15 @@ def test_a_malicious_pickle_is_refused_by_what_it_imports_and_never_run(
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_a_plain_state_dict_is_to_be_saved_as_safetensors(tmp_path: Path, as_zip: bool) -> None:
+def test_a_plain_state_dict_is_to_be_converted(tmp_path: Path, as_zip: bool) -> None:
     plain = nn.Linear(2, 2).state_dict() | {
         "half": torch.ones(1).half(),
         "step": 3,
         "p": nn.Linear(1, 1).bias,
     }
     torch.save(plain, tmp_path / "expert.pt", _use_new_zipfile_serialization=as_zip)
-    assert (
-        "it is a pickle, which can run code.\nIn Python, save its state dict as safetensors first"
-        in refused(tmp_path / "expert.pt")
+    assert "it is a pickle, which can run code.\nRead it without running it: adamerge convert" in refused(
+        tmp_path / "expert.pt"
     )
 
 

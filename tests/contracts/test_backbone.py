@@ -1,17 +1,23 @@
 """The contract of backbones. A new one subclasses `BackboneContract` and gives two methods."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
 import pytest
+import timm
 import torch
+import transformers
 from conftest import SIZE, draw
+from hub_mirror import MEAN, STD, write_base
+from tiny_networks import images, make_hf, write_hf, write_timm
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from adamerge.checkpoints import open_checkpoint
-from adamerge.models import Backbone, ModuleBackbone, OpenClipBackbone
+from adamerge.errors import InputError
+from adamerge.models import Backbone, ModuleBackbone, OpenClipBackbone, open_backbone
 from adamerge.state import State
 
 
@@ -40,6 +46,14 @@ class BackboneContract:
         assert others, "the case needs a tensor that the backbone does not read"
         assert torch.equal(backbone.features({**weights, **others}, inputs), before)
         assert set(backbone.names) <= set(weights)
+
+    def test_a_missing_weight_is_refused_or_the_modules_own(self) -> None:
+        """Never does a module compute with memory that nobody has written."""
+        backbone, weights, inputs = self.case()
+        for name in backbone.names:
+            rest = {n: w for n, w in weights.items() if n != name}
+            with suppress(InputError):
+                assert_close(backbone.features(rest, inputs), backbone.features(weights, inputs))
 
     def test_every_named_weight_gets_a_gradient(self) -> None:
         backbone, weights, inputs = self.case()
@@ -70,9 +84,16 @@ class BackboneContract:
         assert torch.equal(backbone.to(torch.device("cpu")).features(weights, inputs), before)
 
 
-def uint8_images(count: int = 3) -> Tensor:
+def uint8_images(count: int = 3, size: int = SIZE) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    write_base(folder)
+    return folder
 
 
 class TestModule(BackboneContract):
@@ -112,3 +133,52 @@ class TestOpenClip(BackboneContract):
         mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
         with torch.no_grad():
             return model.encode_image((inputs / 255 - mean[:, None, None]) / std[:, None, None])
+
+
+class TestTimm(BackboneContract):
+    @pytest.fixture(autouse=True)
+    def _base(self, tmp_path: Path) -> None:
+        self.base = tmp_path
+        write_timm(tmp_path, "vit")
+
+    def case(self) -> Case:
+        inputs = torch.cat([uint8_images(), uint8_images()], -1)[..., :16].repeat(1, 1, 2, 1)[:, :, :16]
+        return Case(open_backbone(self.base), dict(open_checkpoint(self.base)), inputs)
+
+    def literal(self, weights: State, inputs: Tensor) -> Tensor:
+        model = timm.create_model(f"local-dir:{self.base}", pretrained=True).eval()
+        with torch.no_grad():
+            return model.forward_head(model.forward_features((inputs / 255 - 0.5) / 0.5), pre_logits=True)
+
+
+class TestHFEncoder(BackboneContract):
+    @pytest.fixture(autouse=True)
+    def _base(self, tmp_path: Path) -> None:
+        self.base, self.model = tmp_path, make_hf(images("ViT"))
+        write_hf(tmp_path, self.model)
+
+    def case(self) -> Case:
+        return Case(open_backbone(self.base), dict(open_checkpoint(self.base)), uint8_images())
+
+    def literal(self, weights: State, inputs: Tensor) -> Tensor:
+        mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+        with torch.no_grad():
+            pixels = (inputs / 255 - mean[:, None, None]) / std[:, None, None]
+            return self.model.vit(pixels).last_hidden_state[:, 0]
+
+
+class TestHuggingFaceClip(BackboneContract):
+    """A complete CLIP: its image tower is read, and the projection."""
+
+    @pytest.fixture(autouse=True)
+    def _base(self, hugging_face: Path) -> None:
+        self.base = hugging_face
+
+    def case(self) -> Case:
+        return Case(open_backbone(self.base), dict(open_checkpoint(self.base)), uint8_images(size=32))
+
+    def literal(self, weights: State, inputs: Tensor) -> Tensor:
+        model = transformers.CLIPModel.from_pretrained(self.base).eval()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        with torch.no_grad():
+            return model.get_image_features((inputs / 255 - mean) / std).pooler_output

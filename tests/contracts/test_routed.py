@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adamerge.checkpoints import open_checkpoint
-from adamerge.models import Backbone, ModuleBackbone, OpenClipBackbone
+from adamerge.models import Backbone, ModuleBackbone, OpenClipBackbone, open_backbone
 from adamerge.models.routed import Mixable, RoutedParameter
 from adamerge.state import State
 from adamerge.vectors import BernoulliCodec, Codec, LowRankCodec, MagnitudeCodec, TaskVectors, rebase
@@ -241,22 +241,26 @@ class Output(nn.Module):
         return getattr(self.model(images), self.part)
 
 
-class HuggingFaceClipContract(RoutedContract):
-    attention: str
+class TestHuggingFaceClip(RoutedContract):
+    """A folder, as `open_backbone` reads it; attention is torch's own."""
 
     @classmethod
     def case(cls, folder: Path) -> Case:
-        config = transformers.CLIPVisionConfig(**TINY, projection_dim=12, attn_implementation=cls.attention)
+        torch.manual_seed(0)
+        config = transformers.CLIPVisionConfig(**TINY, projection_dim=12)
+        transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
+        transformers.CLIPImageProcessorPil().save_pretrained(folder)
+        base = shaken(dict(open_checkpoint(folder)), 0)
+        experts = {task: shaken(base, seed) for seed, task in enumerate(TASKS, 1)}
+        return Case(open_backbone(folder), base, experts)
+
+
+class TestHuggingFaceClipEager(RoutedContract):
+    @classmethod
+    def case(cls, folder: Path) -> Case:
+        config = transformers.CLIPVisionConfig(**TINY, projection_dim=12, attn_implementation="eager")
         model = transformers.CLIPVisionModelWithProjection(config)
         return of_module(lambda: Output(model, "image_embeds"))
-
-
-class TestHuggingFaceClipEager(HuggingFaceClipContract):
-    attention = "eager"
-
-
-class TestHuggingFaceClipSdpa(HuggingFaceClipContract):
-    attention = "sdpa"
 
 
 class TestHuggingFaceClipWithoutProjection(RoutedContract):

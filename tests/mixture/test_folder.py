@@ -129,7 +129,7 @@ class TestRoundTrip:
         assert torch.equal(
             found.predict(torch.ones(2, 9)).probability, mixture.predict(torch.ones(2, 9)).probability
         )
-        with pytest.raises(InputError, match="no open_clip model folder"):
+        with pytest.raises(InputError, match="no model folder of a known format"):
             load(tmp_path / "model")
         other = ModuleBackbone(nn.Sequential(nn.Linear(9, 12), nn.Tanh()))
         with pytest.raises(InputError, match="the backbone does not read 2.weight of the model"):
@@ -209,7 +209,7 @@ class TestFolder:
         assert load(saved).routing is None
 
     def test_a_base_without_configuration_is_refused(self, clip: Path, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="no open_clip model folder"):
+        with pytest.raises(InputError, match="no model folder of a known format"):
             save_mixture(make_mixture(clip, Router()), tmp_path / "model", like=clip / "experts")
         assert os.listdir(tmp_path) == []
 
@@ -225,7 +225,7 @@ class TestFolder:
 
 
 class TestInterruptedSaving:
-    @pytest.mark.parametrize("moment", ["save_tensors", "_write_document", "shutil.copyfile"])
+    @pytest.mark.parametrize("moment", ["copy_companions", "save_tensors", "_write_document"])
     @pytest.mark.parametrize("there_before", [True, False])
     @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
     def test_the_old_folder_or_nothing_is_left(
@@ -314,7 +314,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda path: (path / folder.WEIGHTS).unlink(), "model"),
     "half of the weights": (truncate(folder.WEIGHTS), "model"),
     "no head": (without_tensor("heads/bars/weight"), "is damaged"),
-    "no shared tensor": (without_tensor("shared/visual.proj"), "is damaged"),
+    "no shared tensor": (without_tensor("shared/visual.proj"), "lack 1 tensors .* asks for: visual.proj"),
     "no expert": (without_tensor("resblocks.0.mlp.c_fc.weight/left"), "is damaged"),
     "no router": (without_tensor("router/"), "is damaged"),
 }

@@ -1,0 +1,167 @@
+"""Opens a model by what its files say it is: the backbone, and every task's frozen head."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from adamerge.checkpoints import locate, open_checkpoint, require_same_configuration
+from adamerge.data.tasks import TaskSpec, resolve
+from adamerge.errors import InputError, shortlist
+from adamerge.models import open_clip
+from adamerge.models.base import ModuleBackbone
+from adamerge.models.heads import Head
+from adamerge.models.hf_clip import HfClipBackbone, hf_clip_activation, hf_clip_heads, is_hf_clip
+from adamerge.models.hf_encoder import HFEncoder, hf_encoder_heads, is_hf_encoder
+from adamerge.models.open_clip import OpenClipBackbone, is_open_clip, open_clip_activation, open_clip_heads
+from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
+
+Tasks = Mapping[str, TaskSpec]
+Paths = Mapping[str, Path]
+
+
+class Format(NamedTuple):
+    """A way to store models.
+
+    Attributes:
+        name: What messages call it.
+        recognise: Tells by a folder's files whether this is it.
+        backbone: From the folder, and the tensor names of its weights, to the backbone.
+        heads: From the folder, the tasks that bring no head file, and the experts' folders (which may
+            hold their own classifiers), to heads.
+        activation: Tells the activation that a folder's configuration names, where it names one.
+        compare: Refuses experts' folders whose configuration differs from the base's.
+        normalize: Whether the heads of head files read features on the unit sphere, as CLIP's do.
+    """
+
+    name: str
+    recognise: Callable[[Path], bool]
+    backbone: Callable[[Path, Collection[str]], ModuleBackbone]
+    heads: Callable[[Path, Tasks, Paths], dict[str, Head]]
+    activation: Callable[[Path], str | None] = lambda path: None
+    compare: Callable[[Path, Paths], None] = require_same_configuration
+    normalize: bool = True
+
+
+FORMATS = (
+    Format(
+        "open_clip",
+        is_open_clip,
+        lambda path, _: OpenClipBackbone(path),
+        open_clip_heads,
+        open_clip_activation,
+        open_clip.require_same_configuration,
+    ),
+    Format("Hugging Face CLIP", is_hf_clip, HfClipBackbone, hf_clip_heads, hf_clip_activation),
+    Format(
+        "timm",
+        is_timm,
+        lambda path, _: TimmBackbone(path),
+        timm_heads,
+        compare=require_same_timm,
+        normalize=False,
+    ),
+    Format("Hugging Face classifier", is_hf_encoder, HFEncoder, hf_encoder_heads, normalize=False),
+)
+
+
+def open_backbone(source: str | Path, names: Collection[str] | None = None) -> ModuleBackbone:
+    """Open the backbone of a model folder, whose files say what it is.
+
+    Args:
+        source: The folder, a hub id, ``open_clip:ARCH/TAG``, ``open_clip:ARCH=FILE`` or ``embedded:NAME``.
+        names: Names of the model's tensors; default: those of its weights.
+
+    Raises:
+        InputError: No known format, or weights that lack what the configuration asks for.
+        EnvironmentProblem: The hub cannot be reached.
+    """
+    path = locate(str(source))
+    found = format_of(path)
+    names = open_checkpoint(path, role="base") if names is None else names
+    backbone = found.backbone(path, names)
+    missing = [name for name in backbone.names if name not in names]
+    if missing:
+        raise InputError(
+            f"the weights in {path} lack {len(missing)} tensors that its {found.name} configuration asks "
+            f"for: {shortlist(missing)}.",
+            "Were configuration and weights saved together?",
+        )
+    return backbone
+
+
+def open_heads(
+    base: str | Path, tasks: Mapping[str, TaskSpec], experts: Mapping[str, str | Path] | None = None
+) -> dict[str, Head]:
+    """Give every task's frozen head: its head file, or what the base's format has (text tower, classifiers).
+
+    Args:
+        base: The base, as for `open_backbone`.
+        tasks: Class names and templates, or a head file, by task name.
+        experts: The experts by task name, for formats whose experts bring classifiers of their own.
+
+    Raises:
+        InputError: There is nothing to make a task's head of.
+    """
+    tasks, path = resolve(tasks), locate(str(base))
+    row = _recognised(path)
+    normalize = row is None or row.normalize
+    heads = {
+        task: Head.from_file(spec.head, normalize=normalize) for task, spec in tasks.items() if spec.head
+    }
+    rest = {task: spec for task, spec in tasks.items() if task not in heads}
+    if rest:
+        paths = {task: locate(str(expert)) for task, expert in (experts or {}).items()}
+        heads |= format_of(path).heads(path, rest, paths)
+    return {task: heads[task] for task in tasks}
+
+
+def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str, Head]:
+    """Give every task's head where experts bring none: see `open_heads`."""
+    return open_heads(path, tasks)
+
+
+def require_same_function(base: Path, experts: Mapping[str, Path]) -> None:
+    """Compare what weights do not tell: activation, architecture, preprocessing, across formats.
+
+    Experts that are plain files, or folders without configuration, are not judged.
+
+    Raises:
+        InputError: A setting differs, which is named with both values.
+    """
+    ours = activation_of(base)
+    for task, expert in experts.items():
+        theirs = activation_of(expert)
+        if ours and theirs and ours != theirs:
+            raise InputError(
+                f"activation differs: base {ours}, expert {task!r} {theirs}.",
+                "Weights compute something else under another activation: give a base of the expert's own.",
+            )
+    row = _recognised(base)
+    (row.compare if row else require_same_configuration)(base, experts)
+
+
+def activation_of(path: Path) -> str | None:
+    """Tell the activation that a model folder declares; None where nothing is declared."""
+    row = _recognised(path)
+    return row and row.activation(path)
+
+
+def format_of(path: Path) -> Format:
+    """Recognise a model folder.
+
+    Raises:
+        InputError: It is in no known format.
+    """
+    row = _recognised(path)
+    if row is None:
+        holds = shortlist(sorted(p.name for p in path.iterdir())) if path.is_dir() else ""
+        raise InputError(
+            f"{path} is no model folder of a known format ({', '.join(row.name for row in FORMATS)})"
+            + (f"; it holds: {holds}." if holds else "."),
+            "Give the folder with the model's configuration, or open_clip:ARCHITECTURE=FILE.",
+        )
+    return row
+
+
+def _recognised(path: Path) -> Format | None:
+    return next((row for row in FORMATS if row.recognise(path)), None)

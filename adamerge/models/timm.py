@@ -1,0 +1,116 @@
+"""timm models: folders in timm's hub format, and the preprocessing that their configuration asks for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adamerge.checkpoints import open_checkpoint
+from adamerge.data.tasks import TaskSpec
+from adamerge.errors import InputError
+from adamerge.models.base import ImageTransform
+from adamerge.models.classifiers import (
+    N_CLASSES,
+    ClassifierBackbone,
+    classifier_heads,
+    cut_classifier,
+    tensor_names,
+)
+from adamerge.models.heads import Head
+
+CONFIG = "config.json"
+
+
+class TimmBackbone(ClassifierBackbone):
+    """A timm model without its classifier; it holds no weights of its own.
+
+    Args:
+        path: A folder with ``config.json`` (``architecture``, ``pretrained_cfg``, ``model_args``), as
+            ``timm.models.save_for_hf`` writes it.
+
+    Raises:
+        InputError: timm does not know the architecture, or it has no single linear classifier.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import timm
+
+        try:
+            model: Any = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=N_CLASSES)
+        except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"timm {timm.__version__} cannot build the model of {Path(path) / CONFIG}: {error}",
+                "Does the file name an architecture of this version, and arguments that it takes?",
+            ) from error
+        classifier = cut_classifier(model, Path(path))
+        files = {name: name for name in tensor_names(model)}
+        super().__init__(model, files, classifier, **_transform(model)._asdict())
+
+
+def is_timm(path: Path) -> bool:
+    """Tell whether a folder is in timm's hub format."""
+    return isinstance(read_timm_config(path).get("architecture"), str)
+
+
+def timm_heads(path: Path, tasks: Mapping[str, TaskSpec], experts: Mapping[str, Path]) -> dict[str, Head]:
+    """Give the tasks' heads: their experts' own classifiers."""
+    return classifier_heads(TimmBackbone(path), open_checkpoint(path, role="base"), tasks, experts)
+
+
+def require_same_timm(base: Path, experts: Mapping[str, Path]) -> None:
+    """Compare the configurations of base and expert folders; experts that are plain files have none.
+
+    Raises:
+        InputError: Architecture, arguments or preprocessing differ; classes may.
+    """
+    ours = _facts(base)
+    for task, expert in experts.items():
+        theirs = _facts(expert) if is_timm(expert) else {}
+        for key in sorted(ours.keys() & theirs.keys()):
+            if ours[key] != theirs[key]:
+                raise InputError(
+                    f"{key} differs: base {ours[key]!r}, expert {task!r} {theirs[key]!r}.",
+                    "Experts must share the base's architecture and preprocessing.",
+                )
+
+
+def read_timm_config(path: Path) -> dict[str, Any]:
+    """Read a folder's ``config.json``; nothing where there is none, or it is no JSON object."""
+    try:
+        found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Give what the function that the weights compute depends on."""
+    config = read_timm_config(path)
+    cfg, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
+    geometry = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    facts = {"architecture": config.get("architecture")} | {key: cfg[key] for key in geometry if key in cfg}
+    return facts | {key: value for key, value in arguments.items() if key != "num_classes"}
+
+
+def _transform(model: Any) -> ImageTransform:
+    """Give the geometry and the arithmetic of a model's preprocessing; an image is a PIL image throughout."""
+    import PIL
+    import timm
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    settings = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    whole: Any = create_transform(**settings, is_training=False)
+    geometry = whole.transforms[:-2]  # without ToTensor and Normalize: `features` does these
+
+    def preprocess(image: Any) -> Tensor:
+        for step in geometry:
+            image = step(image)
+        return pil_to_tensor(image)
+
+    versions = {"library": f"timm {timm.__version__}", "pillow": PIL.__version__}
+    key = json.dumps(versions | settings, sort_keys=True)
+    return ImageTransform(preprocess, settings["mean"], settings["std"], key)
