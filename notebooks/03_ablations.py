@@ -1,0 +1,146 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. Ablations
+#
+# What matters for learned coefficients: where they start, how many steps, how much unlabelled data, how
+# finely they are grouped, what is minimised? Each row below changes one thing of a common setting. Three
+# embedded tasks keep it quick; take other tasks or more steps freely.
+
+# %%
+import logging
+import os
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytorch_lightning as pl
+import torch
+
+import adamerge
+from adamerge import results, zoo
+
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+FAST = bool(os.environ.get("ADAMERGE_FAST"))
+TASKS = ("mnist", "styles", "textures")[2 * FAST :]
+STEPS = 2 if FAST else 30
+SPECS = {t: adamerge.TaskSpec(adapt=f"embedded:{t}/adapt", test=f"embedded:{t}/test") for t in TASKS}
+
+vectors = adamerge.TaskVectors.open(zoo.base(), {t: zoo.experts()[t] for t in TASKS})
+backbone = adamerge.OpenClipBackbone(zoo.base())
+heads = adamerge.zero_shot_heads(zoo.base(), SPECS)
+everyone = adamerge.MultiTaskData(SPECS)  # a fifth of the unlabelled images is held out
+individual: dict[str, float] = {}
+rows: dict[str, list[results.ResultRow]] = {}
+
+
+def run(
+    study: str, name: str, *, objective: Any = None, steps: int = STEPS, data: Any = None, **learned: Any
+) -> None:
+    """Adapt once and keep the row; what is not given is the common setting."""
+    objective, data = objective or adamerge.KLTeacher(), data or everyone
+    task = adamerge.MergeTask(
+        vectors,
+        backbone,
+        heads,
+        adamerge.Learned(**learned),
+        objective,
+        optimizer=lambda p: torch.optim.Adam(p, lr=3e-2),
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "limit_val_batches": 0, "max_epochs": -1}
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", **quiet)
+    trainer.fit(task, datamodule=data)
+    if not individual:
+        individual.update(task.evaluate_experts())
+    rows.setdefault(study, []).append(results.make_row(name, task.evaluate(), individual))
+
+
+def show(study: str) -> None:
+    """Print a study's table."""
+    print(results.markdown_table(rows[study]))
+
+
+# %% [markdown]
+# ## Where they start
+#
+# 0.3 is task arithmetic's usual value, 1 / number of tasks is averaging.
+
+# %%
+for initial in (0.0, 0.3, 0.6, 1.0):
+    run("initial value", f"initial {initial}", initial=initial)
+show("initial value")
+
+# %% [markdown]
+# ## How many steps
+
+# %%
+for steps in (0, STEPS // 2, STEPS, 2 * STEPS):
+    run("steps", f"{steps} steps", steps=steps)
+show("steps")
+
+# %% [markdown]
+# ## How much data
+#
+# `holdout` keeps a part of the unlabelled images from adaptation: of 500 images per task, 5 to 500 remain.
+
+# %%
+for fraction in (0.01, 0.1, 1.0):
+    batch = {"holdout": 1 - fraction, "batch_size": 4 if fraction < 0.05 else 16}
+    run("data", f"{fraction:.0%} of the images", data=adamerge.MultiTaskData(SPECS, **batch))
+show("data")
+
+# %% [markdown]
+# ## How finely
+#
+# One coefficient per task, per transformer block, per kind of module in each block, per module, or per
+# tensor.
+
+# %%
+for grouping in ("task", "block", "type", "module", "tensor"):
+    run("grouping", grouping, grouping=grouping)
+show("grouping")
+
+# %% [markdown]
+# ## What is minimised
+
+# %%
+objectives = {
+    "entropy": adamerge.Entropy(),
+    "entropy / log C": adamerge.Entropy(normalize="log_c"),
+    "reliable entropy": adamerge.ReliableEntropy(),
+    "teacher KL": adamerge.KLTeacher(),
+}
+for name, objective in objectives.items():
+    run("objective", name, objective=objective)
+show("objective")
+
+# %%
+figure, axes = plt.subplots(1, len(rows), figsize=(13, 2.8), sharey=True)
+for axis, (study, found) in zip(axes, rows.items(), strict=True):
+    axis.bar(range(len(found)), [row.normalized_mean or 0 for row in found], color="#9ecae1")
+    axis.set_xticks(range(len(found)), [row.method for row in found], rotation=60, ha="right", fontsize=7)
+    axis.set_title(study, fontsize=9)
+axes[0].set_ylabel("normalised accuracy, %")
+axes[0].set_ylim(60, 100)
+assert all(0 < (row.mean or 0) <= 100 for found in rows.values() for row in found)
+
+# %% [markdown]
+# ## What came out
+#
+# One run for each row, three tasks, learning rate 0.03: differences below a point mean nothing. Task
+# arithmetic, where all but the first study begin, has a mean of 73.4 %, the experts 85.1.
+#
+# - The initial value matters little: from 0 to 1, 30 steps end between 80.3 and 82.6 %.
+# - Steps matter: 80.1 % after 15, 81.7 after 30, 82.5 after 60.
+# - Data matter little: 50 images a task give 81.5 %, all 500 give 81.2; with only 5 it is 80.1.
+# - One coefficient per task gives 80.4 %, per module or tensor 81.7.
+# - The objective matters most: entropy 76.7, reliable entropy 78.2, teacher KL 81.7 %. Entropy gains on
+#   `styles` and `textures` and loses on `mnist` (80.2 at the start, 72.8 at the end).
