@@ -56,14 +56,16 @@ def parse(
         own: set[str | int] = set((skip or {}).get(function, ()))
         parser.add_function_arguments(function, as_group=False, as_positional=positional, skip=own)
     try:
-        options = parser.parse_args(_normalized(given, parameters))
+        options = parser.parse_args(_normalized(given, parameters, positional=positional))
     except Exception as error:
         raise InputError(*explain(str(error), parser.get_defaults().keys(), ())) from error
     return {name: value for name, value in options.as_dict().items() if name in parameters}
 
 
-def _normalized(given: Sequence[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
-    """Write a command line as the parser wants it: one value per option."""
+def _normalized(
+    given: Sequence[str], parameters: dict[str, inspect.Parameter], *, positional: bool
+) -> list[str]:
+    """Write a command line as the parser wants it: one value per option, and one for a positional list."""
     kinds = {name: _kind(parameter.annotation) for name, parameter in parameters.items()}
     done: list[str] = []
     lists: dict[str, list[str]] = {}
@@ -82,7 +84,16 @@ def _normalized(given: Sequence[str], parameters: dict[str, inspect.Parameter]) 
             done.append(f"--{name}=true")
         else:
             done.append(f"--{name}{equals}{value}")
+    if positional and any(kinds[n] is list and p.default is p.empty for n, p in parameters.items()):
+        done = _joined(done)
     return done + [f"--{name}={_as_json(values)}" for name, values in lists.items()]
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Make one word, a list, of the words that are neither options nor their values."""
+    is_value = [word.startswith("--") and "=" not in word for word in ["", *words]]
+    bare = [w for w, taken in zip(words, is_value, strict=False) if not (taken or w.startswith("--"))]
+    return [w for w in words if w not in bare] + ([json.dumps(bare)] if bare else [])
 
 
 def _values(words: list[str]) -> list[str]:

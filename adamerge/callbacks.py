@@ -41,7 +41,7 @@ class Curves(pl.Callback):
         """Begin the file anew, or keep the lines of the steps that are done."""
         if not trainer.is_global_zero:
             return
-        self._header = ["step", *pl_module.data.tasks]
+        self._header = ["step", *pl_module.data.adapting_tasks]
         lines = self.path.read_text(encoding="utf-8").splitlines()[1:] if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= trainer.global_step]
         write_text(self.path, "\n".join([",".join(self._header), *kept]) + "\n")
@@ -183,7 +183,7 @@ class MergedModel(pl.Callback):
         """Merge once more and write."""
         if not trainer.is_global_zero:
             return
-        classes = {task: spec.classes for task, spec in pl_module.data.tasks.items()}
+        classes = {task: list(spec.classes) for task, spec in pl_module.data.tasks.items()}
         provenance = {"weights": dict(pl_module.vectors.digests)}
         if pl_module.mixture is not None:
             pl_module.mixture.classes = classes
@@ -326,7 +326,7 @@ class CollapseGuard(pl.Callback):
 
     def _listen(self, module: MergeTask) -> None:
         """Hear the experts."""
-        for task in module.data.tasks:
+        for task in module.data.adapting_tasks:
             held_out = module.data.held_out(task)
             if len(held_out) >= _FEWEST:
                 self._images[task] = held_out.part(torch.arange(min(self.max_images, len(held_out))))

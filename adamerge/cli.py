@@ -21,7 +21,10 @@ _COMMANDS = {
     "inspect": "look at base and experts before merging: --base B --experts name=path ...",
     "compress": "store an expert as a ternary task vector: --base B --expert PATH --out FILE",
     "decompress": "give the checkpoint of a compressed expert: --base B --file FILE --out DIR",
-    "bench": "a table of methods on one benchmark: adamerge bench run embedded",
+    "convert": "write an old pickled checkpoint as safetensors, without running it: adamerge convert OLD",
+    "data": "count and check a benchmark's images: adamerge data check --benchmark clip8",
+    "bench": "a table of methods on one benchmark: adamerge bench run clip8 --backbone ViT-B-32",
+    "table": "one table of several runs: adamerge table RUN RUN ...",
     "demo": "merge the shipped experts by every method; writes runs/demo/",
     "verify": "re-hash a finished run: adamerge verify RUN",
     "reproduce": "run a finished run again and compare: adamerge reproduce RUN",
@@ -108,7 +111,7 @@ def _run_function(name: str, rest: list[str]) -> int:
     if name == "merge":
         return module.run(rest)
     function: Callable[..., int] = getattr(module, name)
-    positional = True if name == "bench" else None
+    positional = True if name in ("bench", "data") else None
     return function(**parse(f"adamerge {name}", [function], rest, positional=positional))
 
 

@@ -1,6 +1,6 @@
 """What labelled test images say of a model: accuracy with the task known and unknown, and routing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ def evaluate(
     walk: Callable[[Callable[[Tensor], Tensor], str], Float[Tensor, "image value"]],
     *,
     told: bool = False,
+    tasks: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluate a model on every task's test images, each of which is read once.
 
@@ -46,9 +47,10 @@ def evaluate(
         data: Where the images come from.
         walk: Applies a function to all test images of a task.
         told: Whether the model is told the task, so that "unknown" means nothing.
+        tasks: Which tasks to evaluate; default: all that have test images.
     """
     found = Evaluation({}, {}, {}, {})
-    for task in track(data.tested_tasks, "Evaluating"):
+    for task in track(data.tested_tasks if tasks is None else tasks, "Evaluating"):
         weights: list[Tensor] = []
         labels = data.test(task).labels
         assert labels is not None  # `test` loads them or raises

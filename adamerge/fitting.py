@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from adamerge import callbacks, provenance
 from adamerge.atomic import write_text
-from adamerge.checkpoints import locate, open_checkpoint
+from adamerge.checkpoints import Checkpoint, locate, open_checkpoint
 from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
@@ -30,8 +30,8 @@ from adamerge.errors import AdamergeError, InputError, nearest
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.mixture import latency, stored
-from adamerge.models import OpenClipBackbone, zero_shot_heads
-from adamerge.models.open_clip import require_same_configuration
+from adamerge.models import ModuleBackbone, open_backbone, open_heads
+from adamerge.models.opening import require_same_function
 from adamerge.objectives import Objective
 from adamerge.plots import write_routing
 from adamerge.progress import console
@@ -42,6 +42,7 @@ from adamerge.static import edit as apply_edit
 from adamerge.task import MergeTask, published_adam
 from adamerge.tracking import SafeWandbLogger
 from adamerge.vectors import STREAM, Codec, TaskVectors, make_codec, rebase
+from adamerge.vectors.store import open_expert
 
 
 def merge_task(
@@ -60,13 +61,15 @@ def merge_task(
     objective: Objective | None = None,
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
     images_per_pass: int = 16,
+    recalibrate: int = 0,
     force: bool = False,
 ) -> MergeTask:
     """Open a base and its experts and compose a MergeTask.
 
     Args:
-        base: The base's open_clip folder, or ``embedded:base``.
-        experts: Task name to the expert's folder, safetensors file, or ``embedded:TASK``.
+        base: The base's folder (open_clip, Hugging Face), hub id, ``open_clip:ARCHITECTURE/TAG``,
+            ``open_clip:ARCHITECTURE=FILE``, or ``embedded:base``.
+        experts: Task name to the expert's folder (also PEFT's), safetensors file, or ``embedded:TASK``.
         tasks: The tasks' rows (taken from data.tasks).
         codec: Stored form of the task vectors: fp32, bf16, fp16, ternary, low_rank, magnitude, bernoulli.
         codec_options: Options of the codec, such as fraction.
@@ -82,6 +85,8 @@ def merge_task(
         objective: What is minimised; default: entropy.
         optimizer: The optimizer; default: Adam at 1e-3.
         images_per_pass: Small batches of several tasks share a forward pass up to this size.
+        recalibrate: Images per task by which BatchNorm statistics of the merged model are measured again;
+            0: they are merged like weights.
         force: Accept experts that look as if they came from another base.
 
     Raises:
@@ -106,7 +111,7 @@ def merge_task(
         more = weight_digests(base, shared_file(shared)) if shared_file(shared) else {}
         vectors = replace(vectors, digests={**vectors.digests, **more})
         originals.origins.check()
-    heads = zero_shot_heads(locate(base), tasks)
+    heads = open_heads(base, tasks, experts)
     return MergeTask(
         vectors,
         backbone,
@@ -115,6 +120,7 @@ def merge_task(
         objective,
         optimizer=optimizer,
         images_per_pass=images_per_pass,
+        recalibrate=recalibrate,
         experts=originals,
     )
 
@@ -149,26 +155,36 @@ def shared_file(source: str | None) -> dict[str, str]:
 
 def open_vectors(
     base: str, experts: Mapping[str, str], *, codec: str | Codec = "fp32", force: bool = False
-) -> tuple[TaskVectors, OpenClipBackbone]:
+) -> tuple[TaskVectors, ModuleBackbone]:
     """Open task vectors beside the backbone that reads them.
 
-    Only what the image tower reads is merged; experts may lack the rest, such as the text tower.
+    Only what the backbone reads is merged; experts may lack the rest, such as the text tower.
     """
     base_path = locate(base)
     paths = {task: locate(path) for task, path in experts.items()}
-    backbone = OpenClipBackbone(base_path)
-    require_same_configuration(base_path, paths)
-    read = set(backbone.names)
-    unread = [name for name in open_checkpoint(base_path, role="base") if name not in read]
-    vectors = TaskVectors.open(base_path, paths, codec, allow_missing=unread, names=read, force=force)
+    backbone = open_backbone(base_path)
+    require_same_function(base_path, paths)
+    state, read = open_checkpoint(base_path, role="base"), set(backbone.names)
+    opened = {t: backbone.expert(path, f"expert {t!r}", state, open_expert) for t, path in paths.items()}
+    vectors = TaskVectors.open(
+        state,
+        opened,
+        codec,
+        allow_missing=[name for name in state if name not in read],
+        exclude=backbone.unmerged,
+        names=read,
+        force=force,
+    )
     return vectors, backbone
 
 
 def weight_digests(base: str, experts: Mapping[str, str], *, fresh: bool = False) -> dict[str, str]:
     """Hash the files of a base and its experts (SHA-256), as `TaskVectors.open` does."""
-    paths = {"base": base, **experts}
-    opened = {name: open_checkpoint(locate(path), role=name) for name, path in paths.items()}
-    return {name: checkpoint.file_digest(fresh=fresh) for name, checkpoint in opened.items()}
+    state = open_checkpoint(locate(base), role="base")
+    opened: dict[str, Any] = {task: open_expert(locate(path), task, state) for task, path in experts.items()}
+    more = {task: {"fresh": fresh} if isinstance(s, Checkpoint) else {} for task, s in opened.items()}
+    found = {task: expert.file_digest(**more[task]) for task, expert in opened.items()}
+    return {"base": state.file_digest(fresh=fresh), **found}
 
 
 _NOISE = (
@@ -206,6 +222,7 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument("--save_every", type=int, default=10, help="Steps between checkpoints.")
         parser.add_argument("--guard", type=callbacks.CollapseGuard, default={})
+        parser.add_argument("--gate", type=dict[str, float], default={}, help="Read by `adamerge bench run`.")
         parser.add_argument(
             "--evaluate_baselines",
             type=bool,
@@ -294,7 +311,7 @@ class RunCLI(LightningCLI):
     def before_fit(self) -> None:
         """Write the resolved configuration and the digests of all inputs; compare when resuming."""
         self._require_steps()
-        self.datamodule.preprocess = self.model.backbone.preprocess
+        self.datamodule.use(self.model.backbone)
         inputs = self._inputs()
         path = self.folder / provenance.INPUTS
         self._clear_old_run()
@@ -357,6 +374,7 @@ class RunCLI(LightningCLI):
             evaluation.known,
             individual,
             unknown=evaluation.unknown,
+            unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
             notes=[guard.verdict] if guard.verdict else [],
             details=self._routing_details(evaluation),
@@ -369,14 +387,15 @@ class RunCLI(LightningCLI):
         if mixture is None:
             return {}
         baselines = mixture.baselines() if self.settings.evaluate_baselines else {}
-        images = self.datamodule.held_out(next(iter(self.datamodule.tasks))).images
+        held_out = self.datamodule.held_out(self.datamodule.adapting_tasks[0])
+        images = held_out.part(torch.arange(min(self.datamodule.eval_batch_size, len(held_out)))).images
         return {
             "experts": list(mixture.vectors.tasks),
             "routing": evaluation.routing,
             "entropy": evaluation.entropy,
             "baselines": {name: self.model.evaluation(model).known for name, model in baselines.items()},
             "stored": {part: size._asdict() for part, size in stored(mixture).items()},
-            "seconds_per_batch": latency(mixture, images[: self.datamodule.eval_batch_size]),
+            "seconds_per_batch": latency(mixture, images),
         }
 
     def _log(self, row: ResultRow) -> None:

@@ -121,7 +121,7 @@ def accuracy_bars(rows: Sequence[ResultRow]) -> "Figure":
         axes.plot(points, places, "o", color=colour, markersize=4, label=task)
     for place, row in zip(places, rows, strict=True):
         axes.text(1, place, f"{row.mean:.1f}", va="center", fontsize=8)
-    axes.set_yticks(places, [row.method for row in rows])
+    axes.set_yticks(places, [row.label for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("top-1 accuracy, % (bar: mean; dots: tasks)")

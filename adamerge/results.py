@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class ResultRow:
     Attributes:
         method: Name of the method.
         accuracy: Top-1 accuracy in percent by task (micro average, task known).
-        mean: Plain mean over tasks; None where no task has labelled test images.
+        mean: Plain mean over tasks that have an expert; None where none has labelled test images.
         normalized_mean: Mean of accuracy / the own expert's accuracy, in percent; None where the
             experts were not evaluated.
         transductive: Tasks whose test images were among the adaptation images.
@@ -28,6 +28,9 @@ class ResultRow:
         unknown: Accuracy by task where the task is not known: over all tasks' classes together.
         details: What belongs to one kind of model: routing weights, baselines, stored bytes, latency.
         provenance: Digests of base, experts, data, configuration and code version.
+        unseen: Tasks that are evaluated only: no expert of theirs was merged.
+        unseen_mean: Plain mean over those.
+        source: The publication that the row was taken from; empty for what was computed here.
     """
 
     method: str
@@ -39,10 +42,23 @@ class ResultRow:
     unknown: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    unseen_mean: float | None = None
+    source: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tables and pictures call the row: what was not computed here is marked."""
+        return f"published: {self.method}" if self.source else self.method
 
 
 def make_row(
-    method: str, accuracy: Mapping[str, float], individual: Mapping[str, float] | None = None, **more: Any
+    method: str,
+    accuracy: Mapping[str, float],
+    individual: Mapping[str, float] | None = None,
+    *,
+    unseen: Collection[str] = (),
+    **more: Any,
 ) -> ResultRow:
     """Make a row, with its means.
 
@@ -50,12 +66,16 @@ def make_row(
         method: Name of the method.
         accuracy: Percent by task.
         individual: The experts' own accuracies, for the normalised mean.
+        unseen: Tasks without an expert, which have a mean of their own.
         more: Other attributes of `ResultRow`.
     """
+    seen = {task: value for task, value in accuracy.items() if task not in unseen}
+    rest = {task: value for task, value in accuracy.items() if task in unseen}
     normalized = None
-    if accuracy and individual and all(individual.get(task) for task in accuracy):
-        normalized = _mean({task: 100 * accuracy[task] / individual[task] for task in accuracy})
-    return ResultRow(method, dict(accuracy), _mean(accuracy), normalized, **more)
+    if seen and individual and all(individual.get(task) for task in seen):
+        normalized = _mean({task: 100 * seen[task] / individual[task] for task in seen})
+    more |= {"unseen": list(rest), "unseen_mean": _mean(rest)}
+    return ResultRow(method, dict(accuracy), _mean(seen), normalized, **more)
 
 
 def write_row(path: Path, row: ResultRow) -> None:
@@ -100,15 +120,24 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def table_lines(rows: Sequence[ResultRow]) -> list[list[str]]:
     """Give header and lines of the table as text; ``*`` marks a transductive accuracy.
 
-    Where a row knows it, a last column has the mean accuracy with the task unknown.
+    Where a row knows them, further columns have the mean of unseen tasks, the mean with the task unknown,
+    and the publication that the row was taken from.
     """
     tasks = _tasks_of(rows)
-    has_unknown = any(row.unknown for row in rows)
-    lines = [["method", *tasks, "mean", "normalized", *["task unknown"] * has_unknown]]
-    for row in rows:
+    means: dict[str, list[float | None]] = {
+        "mean": [row.mean for row in rows],
+        "normalized": [row.normalized_mean for row in rows],
+        "unseen": [row.unseen_mean for row in rows],
+        "task unknown": [_mean(row.unknown) for row in rows],
+    }
+    for name in ("unseen", "task unknown"):
+        if all(value is None for value in means[name]):
+            means.pop(name)
+    is_mixed = any(row.source for row in rows)
+    lines = [["method", *tasks, *means, *["source"] * is_mixed]]
+    for row, *values in zip(rows, *means.values(), strict=True):
         cells = [_percent(row.accuracy.get(t)) + "*" * (t in row.transductive) for t in tasks]
-        means = [row.mean, row.normalized_mean, *[_mean(row.unknown)] * has_unknown]
-        lines.append([row.method, *cells, *map(_percent, means)])
+        lines.append([row.label, *cells, *map(_percent, values), *[row.source or "here"] * is_mixed])
     return lines
 
 
@@ -117,7 +146,7 @@ def print_table(rows: Sequence[ResultRow], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    header, *lines = table_lines(rows)
+    header, *lines = table_lines([replace(row, method=row.label, source="") for row in rows])
     table = Table(title=title)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)

@@ -18,7 +18,7 @@ from adamerge.data.module import Batch, MultiTaskData
 from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.evaluation import Evaluation, evaluate, mixture_features
 from adamerge.mixture import Mixture, RouterStep, joined_images, shared_passes, task_losses
-from adamerge.models import Backbone, Head, accuracy, require_class_names, walk
+from adamerge.models import Backbone, Head, accuracy, recalibrate, require_class_names, walk
 from adamerge.objectives import Entropy, Objective, entropy_of
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
@@ -53,9 +53,12 @@ class MergeTask(pl.LightningModule):
             more is faster on a GPU, fewer needs less memory; the result is the same.
         experts: The experts as they are, for teachers and for their own accuracy, where ``vectors`` hold
             them in a form that loses something; default: ``vectors``.
+        recalibrate: Images per task by which the merged model's BatchNorm statistics are measured again
+            wherever it is evaluated or written; 0: they are merged like weights.
 
     Raises:
-        InputError: A task has no head, or the objective needs a router.
+        InputError: A task has no head, the objective needs a router, or a routed model is to be
+            recalibrated.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class MergeTask(pl.LightningModule):
         optimizer: MakeOptimizer = published_adam,
         images_per_pass: int = 16,
         experts: TaskVectors | None = None,
+        recalibrate: int = 0,
     ) -> None:
         super().__init__()
         missing = [task for task in vectors.tasks if task not in heads]
@@ -79,6 +83,7 @@ class MergeTask(pl.LightningModule):
         self.coefficients = coefficients or Learned()
         self.objective = objective or Entropy()
         self.objective.build(vectors.tasks)
+        self.recalibrate = recalibrate
         self._router_step = self._build_coefficients()
         self.make_optimizer = optimizer
         self.images_per_pass = images_per_pass
@@ -96,6 +101,8 @@ class MergeTask(pl.LightningModule):
     def _build_coefficients(self) -> RouterStep | None:
         """Let the coefficients meet tasks and tensors; those per input need a model of their own."""
         if isinstance(self.coefficients, Routing):
+            if self.recalibrate:
+                raise InputError("recalibrate is of no use to a router: inputs differ.", "Leave it out.")
             mixture = Mixture(self.vectors, self.backbone, self.heads, self.coefficients)
             return RouterStep(mixture, self.objective)
         if self.objective.needs_router:
@@ -123,7 +130,22 @@ class MergeTask(pl.LightningModule):
         """
         if self.mixture is not None:
             raise InputError("a routed model has no single state.", "Save it: adamerge.save_mixture(...).")
-        return self.vectors.state(self._matrix())
+        state = self.vectors.state(self._matrix())
+        return state | self._recalibrated({n: state[n].float() for n in self.backbone.names})
+
+    def _evaluated(self) -> State:
+        """Give the weights of the static model as it is evaluated."""
+        weights = self.weights(self._matrix())
+        return {**weights, **self._recalibrated(weights)}
+
+    def _recalibrated(self, weights: State) -> dict[str, Tensor]:
+        """Give the BatchNorm statistics that some adaptation images have under these weights."""
+        if not self.recalibrate:
+            return {}
+        parts = {task: self.data.adaptation(task) for task in self.data.adapting_tasks}
+        few = {t: i.part(torch.arange(min(self.recalibrate, len(i)))).images for t, i in parts.items()}
+        found = recalibrate(self.backbone, weights, few)
+        return {name: value for name, value in found.items() if value is not weights[name]}
 
     def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
         """Classify one task's images under given weights."""
@@ -153,7 +175,7 @@ class MergeTask(pl.LightningModule):
         """
         if self.mixture is not None:
             return partial(self.mixture.logits, task=task)
-        return partial(self.logits, weights or self.weights(self._matrix()), task)
+        return partial(self.logits, weights or self._evaluated(), task)
 
     def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
         was_training = self.coefficients.training
@@ -299,7 +321,7 @@ class MergeTask(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure entropy on held-out adaptation images, which have no labels."""
-        task = tuple(self.data.tasks)[dataloader_idx]
+        task = self.data.adapting_tasks[dataloader_idx]
         logits = self._classifier(task, self._weights)(batch["images"])
         self._entropies.setdefault(task, []).append(entropy_of(logits))
 
@@ -345,7 +367,8 @@ class MergeTask(pl.LightningModule):
         model = mixture or self.mixture
         features = mixture_features(model) if model else self._static_features
         told = model is not None and model.routing is not None and model.routing.reads == "task"
-        return evaluate(features, self.heads, self.data, self._walk_test, told=told)
+        tasks = self._tested_with_expert if told else None
+        return evaluate(features, self.heads, self.data, self._walk_test, told=told, tasks=tasks)
 
     def _static_features(self, batch: Tensor, _task: str) -> tuple[Tensor, None]:
         return self.backbone.features(self._weights, batch), None
@@ -358,13 +381,18 @@ class MergeTask(pl.LightningModule):
         """Give each expert's accuracy in percent on its own task's test images."""
         self._place()
         found = {}
-        for task in track(self.data.tested_tasks, "Evaluating the experts"):
+        for task in track(self._tested_with_expert, "Evaluating the experts"):
             images = self.data.test(task)
             assert images.labels is not None  # `test` loads them or raises
             found[task] = accuracy(self.expert_logits(task, images), images.labels)
         return found
 
     # ---- plumbing ----------------------------------------------------------------------------------
+
+    @property
+    def _tested_with_expert(self) -> tuple[str, ...]:
+        """Tasks with test images, without those that are evaluated only."""
+        return tuple(task for task in self.data.tested_tasks if task in self.vectors.tasks)
 
     @property
     def data(self) -> MultiTaskData:
@@ -395,7 +423,7 @@ class MergeTask(pl.LightningModule):
                 "Use network='linear', or --trainer.devices 1.",
             )
         require_class_names(self.heads, {task: spec.classes for task, spec in self.data.tasks.items()})
-        self.data.preprocess = self.backbone.preprocess
+        self.data.use(self.backbone)
 
     def on_fit_start(self) -> None:
         """Move the frozen parts to the device and cache what teachers say and routers read."""
@@ -478,7 +506,7 @@ class MergeTask(pl.LightningModule):
     @torch.no_grad()
     def _merge_for_evaluation(self) -> None:
         self._place()
-        self._weights = self.weights(self._matrix()) if self.mixture is None else {}
+        self._weights = self._evaluated() if self.mixture is None else {}
 
     @property
     def _where(self) -> torch.device:

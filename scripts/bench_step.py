@@ -121,7 +121,7 @@ def plain_step(task: MergeTask, precision: str, *, accumulate: bool = False) -> 
     backbone = task.backbone
     model = copy.deepcopy(backbone.module).to_empty(device=task.device).requires_grad_()
     weights = task.weights(task.coefficients().detach())
-    model.load_state_dict({n.removeprefix(backbone.prefix): w for n, w in weights.items()})
+    model.load_state_dict({name: weights[file] for name, file in backbone.files.items()})
     objective = Entropy()
 
     def step(batch: Batch) -> None:

@@ -84,7 +84,7 @@ def problem(steps: int, folder: Path) -> tuple[Any, list[Any]]:
     task = merge_task(**document["model"], tasks=rows)
     task.on_fit_start()
     data = MultiTaskData(rows, batch_size=16)
-    data.preprocess = task.backbone.preprocess
+    data.use(task.backbone)
     batches = [batch for batch, *_ in islice(iter(data.train_dataloader()), steps)]
     base = locate(document["model"]["base"])
     written = {f"head/{name}": head.weight for name, head in task.heads.items()}

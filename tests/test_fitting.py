@@ -222,7 +222,7 @@ def test_experts_that_do_not_fit_stop_before_any_work(
         "wrong_width": "tensors differ from the base in shape: visual.proj",
         "missing": "lacks 1 of",
         "nan": "expert 'bars': 1 non-finite value(s) in visual.proj, first at [0, 0]",
-        "config": "model_cfg.quick_gelu differs: base None, expert 'bars' True",
+        "config": "activation differs: base gelu, expert 'bars' quick_gelu",
     }[name]
     if name == "wrong_width":
         state["visual.proj"] = state["visual.proj"][:8].contiguous()

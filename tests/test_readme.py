@@ -52,12 +52,8 @@ def test_the_ten_lines_of_python(home: Path) -> None:
     assert open_clip.create_model("local-dir:merged").visual.proj.shape == (16, 12)
 
 
-def test_the_one_yaml(home: Path) -> None:
-    Path("mine.yaml").write_text(block("yaml"))
-    assert len(block("yaml").splitlines()) <= 25
-    assert main(["fit", "--config", "mine.yaml", "--trainer.max_steps", "2"]) == 0
-    assert main(["verify", "runs/mine"]) == 0
-    assert (home / "runs/mine/merged/open_clip_model.safetensors").exists()
+def test_the_one_yaml_is_the_shipped_example() -> None:  # which tests/benchmarks/test_own_models.py runs
+    assert block("yaml") == (REPOSITORY / "configs/benchmarks/mine.yaml").read_text()
 
 
 @pytest.fixture

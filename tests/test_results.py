@@ -54,6 +54,20 @@ def test_lines_cover_all_tasks_and_mark_what_is_transductive() -> None:
     ]
 
 
+def test_unseen_tasks_have_a_mean_of_their_own() -> None:
+    row = make_row("x", {"cars": 60.0, "new": 20.0}, {"cars": 80.0}, unseen=["new"])
+    assert (row.mean, row.unseen_mean, row.normalized_mean) == (60.0, 20.0, 75.0)
+    assert table_lines([row])[0][-3:] == ["mean", "normalized", "unseen"]
+    assert table_lines([row])[1][-3:] == ["60.0", "75.0", "20.0"]
+
+
+def test_what_was_published_is_marked_and_names_its_source() -> None:
+    published = make_row("merged", {"cars": 61.0}, source="a paper, table 1")
+    header, ours, theirs = table_lines([ROWS[0], published])
+    assert (header[-1], ours[-1], theirs[-1]) == ("source", "here", "a paper, table 1")
+    assert theirs[0] == "published: merged"
+
+
 def test_the_three_files_hold_the_same_table(tmp_path: Path) -> None:
     write_table(tmp_path, ROWS)
     document = json.loads((tmp_path / "results.json").read_text())

@@ -1,9 +1,16 @@
 """`adamerge bench run BENCHMARK`: a table of methods on one benchmark."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from adamerge.benchmark import Benchmark, configs, oracles
+from adamerge.atomic import write_text
+from adamerge.benchmarks import Benchmark, Definition, configs, define, defined, oracles
+from adamerge.benchmarks.clip import AdaptSplit, Form
+from adamerge.benchmarks.gate import Premises
+from adamerge.benchmarks.report import write_report
 from adamerge.errors import InputError, nearest
+from adamerge.progress import console
 from adamerge.static import METHODS
 
 
@@ -13,26 +20,115 @@ def bench(
     *,
     methods: list[str] | None = None,
     out: str | None = None,
+    backbone: str | None = None,
+    family: str | None = None,
+    form: Form | None = None,
+    mirror: str | None = None,
+    base: str | None = None,
+    experts: dict[str, str] | None = None,
+    adapt_split: AdaptSplit | None = None,
+    corruption: str | None = None,
+    codec: str | None = None,
+    expect: str | None = None,
+    waive: list[str] | None = None,
+    gate: dict[str, float] | None = None,
+    data: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
 ) -> int:
     """Run methods on a benchmark, one row each; rows that were finished before are not computed again.
 
+    Before anything is merged, the benchmark's premises must hold: test images, activation, preprocessing,
+    and every expert's accuracy with its own head.
+
     Args:
         action: What to do: run.
-        benchmark: A YAML file of base, experts and tasks, or the name of a shipped one: embedded.
+        benchmark: clip8, clip14, clip20, clip8-unseen1, clip8-unseen2 or clip4; a YAML file of base, experts
+            and tasks; or embedded.
         methods: Names, separated by commas or repeated: zero_shot, individual, any static method or oracle,
             or a file of configs/methods. Default: the bounds, and all static methods and oracles.
         out: Folder of the table and the rows; default: runs/bench/BENCHMARK.
+        backbone: Of the CLIP benchmarks: ViT-B-32 (default), ViT-B-16 or ViT-L-14.
+        family: Of their checkpoints: tanganke (default), tanganke_lora, task_arithmetic or tall.
+        form: Of their files: hf or open_clip; default: the family's own.
+        mirror: A folder where models and data are looked for by their hub ids, before the hub is.
+        base: Another base.
+        experts: Other experts, by task: --experts.cars PATH.
+        adapt_split: Images to adapt on: train (default), or test, the published protocol.
+        corruption: motion_blur, impulse_noise, gaussian_noise, pixelate, spatter, contrast or
+            jpeg_compression: the hub's corrupted test images; NAME/SEVERITY corrupts here.
+        codec: Stored form of the task vectors: fp32 (default), bf16, fp16.
+        expect: A YAML file of other premises: accuracy, images, activation, transform, tolerance.
+        waive: Tasks whose premises need not hold; the report says so.
+        gate: --gate.tolerance POINTS by which an expert may miss its accuracy; default: 1.
+        data: Settings of the images: --data.batch_size 32, --data.holdout 0.
+        trainer: Settings of the rows that learn: --trainer.max_steps 100, --trainer.accelerator gpu.
     """
     if action != "run":
         raise InputError(f"there is no action {action!r}.", "Write: adamerge bench run BENCHMARK")
-    file = Path(benchmark)
-    if not file.is_file():
-        shipped = {path.stem: path for path in (configs() / "benchmarks").glob("*.yaml")}
-        if benchmark not in shipped:
-            raise InputError(f"there is no benchmark {benchmark!r}.", nearest(benchmark, shipped))
-        file = shipped[benchmark]
+    given: dict[str, Any] = {
+        "backbone": backbone,
+        "family": family,
+        "form": form,
+        "mirror": mirror,
+        "base": base,
+        "experts": experts,
+        "adapt_split": adapt_split,
+        "corruption": corruption,
+        "codec": codec,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     names = [name for item in methods or () for name in item.split(",")]
     names = names or ["zero_shot", "individual", *sorted(METHODS), *oracles()]
-    table = Benchmark(file, Path(out) if out else Path("runs") / "bench" / file.stem)
-    table.write(table.run(names), f"{file.stem}: top-1 accuracy, %")
+    settings = [f"--trainer.{name}={value}" for name, value in (trainer or {}).items()]
+    definition = define(benchmark, **given) if benchmark in defined() else None
+    if definition is None and given:
+        raise InputError(
+            f"--{next(iter(given))} is an option of the CLIP benchmarks: {', '.join(defined())}."
+        )
+    source = definition.document if definition else _file(benchmark)
+    name = definition.folder if definition else Path(benchmark).stem
+    table = Benchmark(source, Path(out) if out else Path("runs") / "bench" / name, settings=data)
+    if definition:
+        table.premises = definition.premises
+    table.premises = _stated(table.premises, expect, waive, gate)
+    if corruption:
+        table.premises = _pass_clean(define(benchmark, **{**given, "corruption": ""}), table)
+    rows = table.run(names, dict.fromkeys(names, settings))
+    rows += definition.published() if definition else []
+    title = f"{definition.title if definition else name}: top-1 accuracy, %"
+    table.write(rows, title)
+    write_text(
+        table.out / "report.md", write_report(table, rows, title, definition.choices if definition else ())
+    )
+    console.print(f"Table, picture and report are in {table.out}.")
     return 0
+
+
+def _file(benchmark: str) -> Path:
+    """Find a benchmark's YAML file: a path, or the name of a shipped one."""
+    file = Path(benchmark)
+    if file.is_file():
+        return file
+    shipped = {path.stem: path for path in (configs() / "benchmarks").glob("*.yaml")}
+    if benchmark not in shipped:
+        raise InputError(f"there is no benchmark {benchmark!r}.", nearest(benchmark, [*shipped, *defined()]))
+    return shipped[benchmark]
+
+
+def _stated(
+    premises: Premises, expect: str | None, waive: list[str] | None, gate: dict[str, float] | None
+) -> Premises:
+    """Put what the user states of the premises in the place of the benchmark's own."""
+    if expect:
+        premises = premises.expecting(Path(expect))
+    for key in gate or {}:
+        if key != "tolerance":
+            raise InputError(f"--gate.{key} is unknown.", "Did you mean --gate.tolerance?")
+    waived = tuple(name for item in waive or () for name in item.split(","))
+    return replace(premises, waived=waived, **(gate or {}))
+
+
+def _pass_clean(clean: Definition, table: Benchmark) -> Premises:
+    """Let the experts pass the gate on clean images; of corrupted ones their accuracy is not known."""
+    Benchmark(clean.document, table.out / "clean", table.premises).pass_gate()
+    return replace(table.premises, accuracy={})

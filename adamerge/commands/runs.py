@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adamerge import provenance
-from adamerge.benchmark import Benchmark, configs, copy_folder
+from adamerge.benchmarks import Benchmark, configs, copy_folder
 from adamerge.checkpoints import open_checkpoint
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
-from adamerge.fitting import locate, run, shared_file, weight_digests
-from adamerge.models import OpenClipBackbone
+from adamerge.fitting import run, shared_file, weight_digests
+from adamerge.models import open_backbone
 from adamerge.progress import console
 from adamerge.results import read_row
 
@@ -123,8 +123,8 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     """Hash base, experts and images again, and name those that differ."""
     model, data = inputs["config"]["model"], dict(inputs["config"]["data"])
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
-    images = MultiTaskData(tasks)
-    images.preprocess = OpenClipBackbone(locate(model["base"])).preprocess
+    images = MultiTaskData(tasks, cache=False)  # what was remembered of files proves nothing
+    images.use(open_backbone(model["base"]))
     sources = {**model["experts"], **shared_file(model.get("shared"))}
     weights = weight_digests(model["base"], sources, fresh=True)
     found = {"weights": weights, "data": images.fingerprint()}

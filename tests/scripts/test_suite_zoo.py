@@ -16,7 +16,7 @@ from pyarrow import parquet
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from adamerge import Head, MultiTaskData, OpenClipBackbone
-from adamerge.benchmark import Benchmark
+from adamerge.benchmarks import Benchmark
 from adamerge.data.tasks import TaskSpec
 
 CLASSES = {"red": ["dark", "light"], "wide": ["low", "middle", "high"]}
@@ -87,7 +87,7 @@ def test_heads_fit_the_features_of_the_base(zoo: Path) -> None:
 def test_adaptation_images_are_unlabelled_and_no_others_have_them(zoo: Path, folder: Path, scripts) -> None:
     rows = yaml.safe_load((zoo / "benchmark.yaml").read_text())["data"]["tasks"]
     data = MultiTaskData({name: TaskSpec(**row) for name, row in rows.items()}, holdout=0.0)
-    data.preprocess = OpenClipBackbone(zoo / "base").preprocess
+    data.use(OpenClipBackbone(zoo / "base"))
     for name, row in rows.items():
         task = scripts[1].Task(name, CLASSES[name], folder / "images" / name, zoo, 0)
         adapt, trained = set(data.adaptation(name).digests()), set(task.train.digests())

@@ -11,9 +11,9 @@ import torch
 from builders import write_benchmark
 from conftest import TASKS
 
-from adamerge import benchmark as benchmark_module
 from adamerge import merge, open_checkpoint
-from adamerge.benchmark import Benchmark, configs
+from adamerge.benchmarks import Benchmark, configs
+from adamerge.benchmarks import run as benchmark_module
 from adamerge.commands import runs
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.fitting import locate, run

@@ -1,7 +1,7 @@
 """A table of methods on one benchmark: each row computed once, resumable, all written together."""
 
+import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from adamerge import provenance
-from adamerge.atomic import atomic_folder, write_text
+from adamerge.atomic import write_text
+from adamerge.benchmarks import gate
+from adamerge.benchmarks.files import configs, dump, no_benchmark, parts_of, read_document
+from adamerge.benchmarks.measuring import expert_statistics
 from adamerge.data.module import MultiTaskData
-from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
 from adamerge.evaluation import Evaluation, evaluate
-from adamerge.fitting import locate, open_vectors, run, weight_digests
-from adamerge.models import Head, OpenClipBackbone, Statistics, walk, zero_shot_heads
+from adamerge.fitting import open_vectors, run, weight_digests
+from adamerge.models import Backbone, Head, Statistics, open_heads, walk
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
@@ -27,42 +28,57 @@ from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
 from adamerge.vectors import TaskVectors
 
-_BOUNDS = ("zero_shot", "individual")
+_INDIVIDUAL = "individual"
+_BOUNDS = ("zero_shot", _INDIVIDUAL)
 _BARE = ("--evaluate_experts", "false", "--evaluate_baselines", "false")  # they are rows of their own
 _RESUME, _ANEW = ("--ckpt_path", "last"), ("--overwrite", "true")
-
-
-def configs() -> Path:
-    """Folder of the configuration files: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).parent
-    return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
 
 
 class Benchmark:
     """Runs methods on one benchmark.
 
     Args:
-        config: The benchmark's YAML file: base, experts and tasks.
+        config: The benchmark's YAML file, or what one holds: model.base, model.experts, data.tasks and,
+            if wanted, ``gate``: the accuracy in percent that each expert must reach, by task.
         out: Folder of the table; each method has a run folder under ``out/methods``.
+        premises: What must hold before anything is merged; default: the configuration's ``gate``.
+        settings: Of the images, in the place of the configuration's own: batch_size, holdout, ...
+
+    Raises:
+        InputError: The configuration is no benchmark.
     """
 
-    def __init__(self, config: Path, out: Path) -> None:
-        self.config, self.out = config, out
-        model, data = read_benchmark(config, "model", "data")
+    def __init__(
+        self,
+        config: Path | Mapping[str, Any],
+        out: Path,
+        premises: gate.Premises | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        document = read_document(config) if isinstance(config, Path) else dict(config)
+        if settings:
+            document["data"] = {**document.get("data", {}), **settings}
+        accuracy = document.pop("gate", None) or {}
+        self.text = dump(document)
+        self.config, self.out = out / "benchmark.yaml", out
+        model, data = parts_of(document, config, "model", "data")
         try:
             self.base: str = model["base"]
             self.experts: dict[str, str] = model["experts"]
             self.data = MultiTaskData(data.pop("tasks"), **data)
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{config} is no benchmark: {type(error).__name__} {error}.",
-                "It needs model.base, model.experts and data.tasks; see configs/benchmarks/embedded.yaml.",
-            ) from error
+            self.premises = premises or gate.Premises({t: float(v) for t, v in accuracy.items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise no_benchmark(config, error) from error
+        self.codec: str = model.get("codec", "fp32")
+        self.unseen = [task for task in self.data.tasks if task not in self.experts]
+        self.waived: list[str] = []
+        self._individual: Mapping[str, float] | None = None
+        gate.require_known(accuracy, self.data.tasks)
 
     def run(
         self, methods: Sequence[str], extra: Mapping[str, Sequence[str]] | None = None
     ) -> list[ResultRow]:
-        """Compute all rows; those that an earlier run finished are read.
+        """Let the experts pass the gate, then compute all rows; those that an earlier run finished are read.
 
         Args:
             methods: Names: "zero_shot", "individual", a static method, or a file of configs/methods.
@@ -70,13 +86,31 @@ class Benchmark:
 
         Returns:
             The rows, with normalised means.
+
+        Raises:
+            InputError: A method is unknown, or an expert, the activation or the preprocessing is not what
+                the benchmark needs.
+            DataError: Test images are not the benchmark's.
         """
         for method in methods:
             if not _is_static(method):
                 self._method_file(method)  # refuses what is unknown before any work
+        write_text(self.config, self.text)
+        self.pass_gate()
         rows = [self._row(method, (extra or {}).get(method, ())) for method in methods]
-        individual = next((row.accuracy for row in rows if row.method == "individual"), None)
-        return [_normalized(row, individual) for row in rows]
+        return [self._complete(row) for row in rows]
+
+    def pass_gate(self) -> None:
+        """Check the premises: first model and images, then every expert with its own head."""
+        premises = self.premises
+        gate.require_known(premises.waived, self.data.tasks)
+        if not (premises.accuracy or premises.images):
+            return
+        found = gate.check_backbone(premises, self._backbone) + gate.check_images(premises, self.data)
+        self.waived = gate.judge(found, premises)
+        if premises.accuracy:
+            found = gate.check_accuracy(premises, self._row(_INDIVIDUAL).accuracy)
+            self.waived += gate.judge(found, premises)
 
     def write(self, rows: Sequence[ResultRow], title: str) -> None:
         """Write and print the table, and draw the bars."""
@@ -90,7 +124,7 @@ class Benchmark:
         """Give the run folder of a method."""
         return self.out / "methods" / method
 
-    def _row(self, method: str, extra: Sequence[str]) -> ResultRow:
+    def _row(self, method: str, extra: Sequence[str] = ()) -> ResultRow:
         """Read a finished row, or compute it; a row of other inputs or options counts as none."""
         folder, stamp = self.folder(method), self.out / "methods" / f"{method}.stamp"
         is_static = _is_static(method)
@@ -99,18 +133,21 @@ class Benchmark:
         last_file = folder / ("result.json" if is_static else provenance.MANIFEST)
         if is_ours and last_file.exists():
             console.print(f"{method}: done before")
-            return read_row(folder / "result.json")
+            return self._read_row(method)
         write_text(stamp, current)
         if is_static:
-            found = self._static(method)
-            code = {"code": provenance.code_version()}
-            row = make_row(method, found.known, unknown=found.unknown, provenance=code)
-            write_row(folder / "result.json", row)
+            write_row(folder / "result.json", self._static_row(method))
             console.print(f"{method}: done")
         else:
             can_resume = is_ours and (folder / "checkpoints" / "last.ckpt").exists()
             self._adapt(method, [*(_RESUME if can_resume else _ANEW), *extra])
-        return read_row(folder / "result.json")
+        return self._read_row(method)
+
+    def _read_row(self, method: str) -> ResultRow:
+        row = read_row(self.folder(method) / "result.json")
+        if method == _INDIVIDUAL:
+            self._individual = row.accuracy
+        return row
 
     def _adapt(self, method: str, more: Sequence[str]) -> None:
         """Run `adamerge fit`."""
@@ -125,14 +162,36 @@ class Benchmark:
 
     def _stamp(self, method: str, extra: Sequence[str]) -> str:
         """Tell, as text, all that a row depends on."""
-        parts = [self.config.read_text(encoding="utf-8"), *extra, json.dumps(provenance.code_version())]
-        parts += [json.dumps(self._digests)]
-        parts += [] if _is_static(method) else [self._method_file(method).read_text(encoding="utf-8")]
+        parts = [self.text, json.dumps(provenance.code_version()), json.dumps(self._digests)]
+        parts += [] if _is_static(method) else [self._method_file(method).read_text(encoding="utf-8"), *extra]
         return "\n".join(parts)
 
     @cached_property
     def _digests(self) -> dict[str, str]:
         return weight_digests(self.base, self.experts)
+
+    def _complete(self, row: ResultRow) -> ResultRow:
+        """Give a row's means, now that unseen tasks and the experts' accuracies are known."""
+        means = make_row(row.method, row.accuracy, self._individual, unseen=self.unseen)
+        kept = ("mean", "normalized_mean", "unseen", "unseen_mean")
+        return replace(row, **{name: getattr(means, name) for name in kept})
+
+    def _static_row(self, method: str) -> ResultRow:
+        found = self._static(method)
+        measured = method in METHODS and METHODS[method].statistics
+        counts = self.data.transductive() if measured else {}
+        return make_row(
+            method,
+            found.known,
+            unknown=found.unknown,
+            unseen=self.unseen,
+            transductive=[task for task, count in counts.items() if count],
+            provenance={
+                "code": provenance.code_version(),
+                "weights": self._digests,
+                "data": {f"{task} test": _digest(self.data, task) for task in self.data.tested_tasks},
+            },
+        )
 
     @torch.no_grad()
     def _static(self, method: str) -> Evaluation:
@@ -140,7 +199,7 @@ class Benchmark:
         if method in METHODS or method == "zero_shot":
             weights = self._read(self._merged(method))
             return self._evaluate(lambda _: weights)
-        if method == "individual":
+        if method == _INDIVIDUAL:
             hot = self._vectors.one_hot
             return self._evaluate(lambda task: self._read(self._vectors.state(hot(task))), told=True)
         edited = edit(self._vectors, method)
@@ -148,18 +207,22 @@ class Benchmark:
 
     def _evaluate(self, weights_of: Callable[[str], State], *, told: bool = False) -> Evaluation:
         weights_of = lru_cache(maxsize=1)(weights_of)
+        device = _device()
+        self._backbone.to(device)
 
         def walk_test(function: Callable[[Tensor], Tensor], task: str) -> Tensor:
             return walk(function, self.data.loader(self.data.test(task)))
 
         def features(batch: Tensor, task: str) -> tuple[Tensor, None]:
-            return self._backbone.features(weights_of(task), batch), None
+            return self._backbone.features(weights_of(task), batch.to(device)), None
 
-        return evaluate(features, self._heads, self.data, walk_test, told=told)
+        with_expert = [task for task in self.data.tested_tasks if task in self.experts]
+        tasks = with_expert if told else None
+        return evaluate(features, self._heads, self.data, walk_test, told=told, tasks=tasks)
 
     def _read(self, state: State) -> State:
-        """Give what the backbone reads, in fp32."""
-        return {name: state[name].float() for name in self._backbone.names}
+        """Give what the backbone reads, in fp32, where it computes."""
+        return {name: state[name].float().to(_device()) for name in self._backbone.names}
 
     def _merged(self, method: str) -> State:
         if method == "zero_shot":
@@ -171,12 +234,12 @@ class Benchmark:
     def _statistics(self) -> Statistics:
         """Statistics of the experts on the unlabelled adaptation images."""
         opened = self._vectors, self._backbone, self._heads, self.data
-        return expert_statistics(*opened, self._digests, cache=self.out / "statistics")
+        return expert_statistics(*opened, self._digests, cache=self.out / "statistics", device=_device())
 
     @cached_property
-    def _opened(self) -> tuple[TaskVectors, OpenClipBackbone]:
-        vectors, backbone = open_vectors(self.base, self.experts)
-        self.data.preprocess = backbone.preprocess
+    def _opened(self) -> tuple[TaskVectors, Backbone]:
+        vectors, backbone = open_vectors(self.base, self.experts, codec=self.codec)
+        self.data.use(backbone)
         return vectors, backbone
 
     @property
@@ -184,61 +247,21 @@ class Benchmark:
         return self._opened[0]
 
     @property
-    def _backbone(self) -> OpenClipBackbone:
+    def _backbone(self) -> Backbone:
         return self._opened[1]
 
     @cached_property
     def _heads(self) -> dict[str, Head]:
-        return zero_shot_heads(locate(self.base), self.data.tasks)
+        return open_heads(self.base, self.data.tasks, self.experts)
 
 
-def read_benchmark(config: Path, *parts: str) -> list[Any]:
-    """Read parts of a benchmark's YAML file, such as "model" and "data"; tasks become rows.
-
-    Raises:
-        InputError: The file is no benchmark.
-    """
-    try:
-        document = yaml.safe_load(config.read_text(encoding="utf-8"))
-        found = [document[part] for part in parts]
-        for part in found:
-            if "tasks" in part:
-                part["tasks"] = {name: TaskSpec(**row) for name, row in part["tasks"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{config} is no benchmark: {type(error).__name__} {error}.",
-            "It needs model.base, model.experts and data.tasks; see configs/benchmarks/embedded.yaml.",
-        ) from error
-    return found
+def _device() -> torch.device:
+    """Where static rows are evaluated; rows that learn have the trainer's device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def expert_statistics(
-    vectors: TaskVectors,
-    backbone: OpenClipBackbone,
-    heads: Mapping[str, Head],
-    data: MultiTaskData,
-    digests: Mapping[str, str],
-    **options: Any,
-) -> Statistics:
-    """Prepare statistics of the experts on the unlabelled adaptation images.
-
-    Args:
-        vectors: The experts.
-        backbone: Features of any weights.
-        heads: Every task's head.
-        data: The images.
-        digests: SHA-256 of base and experts.
-        options: Those of `Statistics`, with its cache.
-    """
-    images = "/".join(data.fingerprint().values())
-    return Statistics(
-        backbone,
-        heads,
-        {task: data.adaptation(task).images for task in vectors.tasks},
-        lambda task: vectors.state(vectors.one_hot(task)),
-        keys={task: f"{digests['base']}/{digests[task]}/{images}" for task in vectors.tasks},
-        **options,
-    )
+def _digest(data: MultiTaskData, task: str) -> str:
+    return hashlib.sha256(b"".join(data.test(task).digests())).hexdigest()
 
 
 def _is_static(method: str) -> bool:
@@ -248,14 +271,3 @@ def _is_static(method: str) -> bool:
 def oracles() -> list[str]:
     """Name the edits that give one model per task."""
     return [name for name, row in EDITS.items() if row.oracle]
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder, replacing the old copy once the new one is complete."""
-    with atomic_folder(target, overwrite=True) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-
-
-def _normalized(row: ResultRow, individual: Mapping[str, float] | None) -> ResultRow:
-    mean = make_row(row.method, row.accuracy, individual).normalized_mean
-    return replace(row, normalized_mean=mean)

@@ -1,0 +1,81 @@
+"""The files of a benchmark: configurations that are shipped, read and copied."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adamerge.atomic import atomic_folder
+from adamerge.data.tasks import TaskSpec
+from adamerge.errors import InputError
+
+
+def configs() -> Path:
+    """Folder of the configuration files: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parents[1]
+    return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
+
+
+def no_benchmark(file: object, error: Exception) -> InputError:
+    """Say what a benchmark's file needs."""
+    return InputError(
+        f"{file} is no benchmark: {type(error).__name__} {error}.",
+        "It needs model.base, model.experts and data.tasks; see configs/benchmarks/embedded.yaml.",
+    )
+
+
+def read_document(config: Path) -> dict[str, Any]:
+    """Read a benchmark's YAML file as it is.
+
+    Raises:
+        InputError: The file is no benchmark.
+    """
+    try:
+        return dict(yaml.safe_load(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise no_benchmark(config, error) from error
+
+
+def read_benchmark(config: Path, *parts: str) -> list[Any]:
+    """Read parts of a benchmark's YAML file, such as "model" and "data"; tasks become rows.
+
+    Raises:
+        InputError: The file is no benchmark.
+    """
+    return parts_of(read_document(config), config, *parts)
+
+
+def parts_of(document: dict[str, Any], name: object, *parts: str) -> list[Any]:
+    """Give parts of a document that was read; see `read_benchmark`."""
+    try:
+        found = [dict(document[part]) for part in parts]
+        for part in found:
+            if "tasks" in part:
+                part["tasks"] = {task: TaskSpec(**row) for task, row in part["tasks"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise no_benchmark(name, error) from error
+    return found
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as they are."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
+def dump(document: dict[str, Any]) -> str:
+    """Write a configuration as YAML that people can read."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, replacing the old copy once the new one is complete."""
+    with atomic_folder(target, overwrite=True) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -1,0 +1,200 @@
+"""The gate: a benchmark's premises, looked at before anything is merged."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from adamerge.data.module import MultiTaskData
+from adamerge.errors import AdamergeError, DataError, InputError, nearest
+from adamerge.models import Backbone
+
+_NOISE_SIDE = 90  # of the probe image; three times as wide as high, so that every centre crop is exact
+
+
+@dataclass(frozen=True)
+class Premises:
+    """What must hold before a table means anything.
+
+    Attributes:
+        accuracy: Percent that each expert must reach with its own head, by task.
+        images: Number of test images, by task.
+        activation: "quick_gelu" or "gelu".
+        transform: ``size`` (of the shortest side and the centre crop), ``interpolation`` (PIL's name),
+            ``mean`` and ``std``.
+        tolerance: Points by which an expert may miss its accuracy, in either direction.
+        waived: Tasks whose failures are reported, and do not stop.
+        source: Where the accuracies come from.
+    """
+
+    accuracy: dict[str, float] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    activation: str | None = None
+    transform: dict[str, Any] | None = None
+    tolerance: float = 1.0
+    waived: tuple[str, ...] = ()
+    source: str = ""
+
+    def expecting(self, file: Path) -> "Premises":
+        """Replace premises by those of a YAML file with some of these attributes; its tasks join ours.
+
+        Raises:
+            InputError: The file cannot be read, or has other keys.
+        """
+        known = [f.name for f in fields(self)]
+        try:
+            given = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+            for key in given:
+                if key not in known:
+                    raise InputError(f"--expect {file} has an unknown key {key!r}.", nearest(key, known))
+            accuracy = {task: float(value) for task, value in given.get("accuracy", {}).items()}
+            given["tolerance"] = float(given.get("tolerance", self.tolerance))
+            given["images"] = {**self.images, **given.get("images", {})}
+        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise InputError(f"--expect {file} cannot be read: {error}.") from error
+        kept = {"accuracy": {**self.accuracy, **accuracy}, "waived": self.waived}
+        return replace(self, **{"source": str(file), **given, **kept})
+
+
+def require_known(names: Iterable[str], tasks: Collection[str]) -> None:
+    """Refuse names of tasks that there are not, which would check or waive nothing.
+
+    Raises:
+        InputError: A name is unknown.
+    """
+    for name in names:
+        if name not in tasks:
+            raise InputError(f"the gate names task {name!r}, and there is none.", nearest(name, tasks))
+
+
+class Finding(NamedTuple):
+    """A premise that does not hold: of a task, or (None) of the model."""
+
+    task: str | None
+    problem: str
+    kind: type[AdamergeError] = DataError
+
+
+def check_backbone(premises: Premises, backbone: Backbone) -> list[Finding]:
+    """Compare activation, preprocessing and normalisation with what they do, not with their names."""
+    found: list[str] = []
+    module = getattr(backbone, "module", None)
+    if premises.activation and module is not None:
+        activation = _activation_of(module)
+        if activation != premises.activation:
+            found.append(f"activation is {activation}, the checkpoints need {premises.activation}")
+    if premises.transform:
+        found += _transform_problems(premises.transform, backbone)
+    return [Finding(None, problem, InputError) for problem in found]
+
+
+def check_images(premises: Premises, data: MultiTaskData) -> list[Finding]:
+    """Load every task's test images; compare their number, and the order of their class names."""
+    found = []
+    for task in data.tested_tasks:
+        try:
+            images = data.test(task)
+        except DataError as error:
+            found.append(Finding(task, str(error).replace("\n", " ")))
+            continue
+        expected = premises.images.get(task, len(images))
+        if len(images) != expected:
+            found.append(Finding(task, f"{len(images)} test images, {expected} are expected"))
+        moved = _moved(data.tasks[task].classes, images.class_names)
+        if moved:
+            found.append(Finding(task, f"classes stand in another order: {moved}"))
+    return found
+
+
+def check_accuracy(premises: Premises, accuracy: Mapping[str, float]) -> list[Finding]:
+    """Compare every expert's accuracy with its own head with the one that it must reach."""
+    return [
+        Finding(
+            task,
+            f"the expert reaches {accuracy[task]:.2f} %, {expected:.2f} % is expected "
+            f"(tolerance {premises.tolerance:g})",
+            InputError,
+        )
+        for task, expected in premises.accuracy.items()
+        if task in accuracy and abs(accuracy[task] - expected) > premises.tolerance
+    ]
+
+
+def judge(findings: Sequence[Finding], premises: Premises) -> list[str]:
+    """Stop for what does not hold and is not waived, all of it in one message.
+
+    Returns:
+        What is waived, for the report.
+
+    Raises:
+        DataError: Only data are at fault.
+        InputError: Models, or models and data are.
+    """
+    grave = [finding for finding in findings if finding.task not in premises.waived]
+    if grave:
+        lines = [f"{finding.task or 'model'}: {finding.problem}" for finding in grave]
+        kind = DataError if all(finding.kind is DataError for finding in grave) else InputError
+        tasks = ",".join(dict.fromkeys(finding.task for finding in grave if finding.task))
+        waive = f" To go on all the same, and have the report say so: --waive {tasks}." if tasks else ""
+        raise kind(
+            "the benchmark's premises do not hold, and nothing was merged:\n  " + "\n  ".join(lines),
+            f"See to the checkpoints and data, or state other premises with --expect FILE.{waive}",
+        )
+    return [f"waived, {finding.task}: {finding.problem}" for finding in findings]
+
+
+def _activation_of(module: torch.nn.Module) -> str:
+    """Name what the blocks compute by its value at 1: classes and settings have many names."""
+    probe = torch.ones(1)
+    known = {"quick_gelu": torch.sigmoid(1.702 * probe), "gelu": torch.nn.functional.gelu(probe)}
+    acts = [part for part in module.modules() if "GELU" in type(part).__name__.upper()]
+    values = {type(part).__name__: part(probe) for part in acts}
+    names = {next((k for k, v in known.items() if v.allclose(x)), n) for n, x in values.items()}
+    return " and ".join(sorted(names)) or "unknown"
+
+
+def _transform_problems(expected: Mapping[str, Any], backbone: Backbone) -> list[str]:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (_NOISE_SIDE, 3 * _NOISE_SIDE, 3), generator=generator, dtype=torch.uint8)
+    probe = Image.fromarray(pixels.numpy())
+    wanted, found = _preprocessed(probe, expected), backbone.preprocess(probe)
+    size = expected["size"]
+    if found.shape != wanted.shape:
+        return [f"preprocessing gives {[*found.shape]}, the checkpoints need {[*wanted.shape]}"]
+    problems = []
+    if (found.int() - wanted.int()).abs().max() > 1:
+        problems.append(
+            f"preprocessing is not {expected['interpolation']} to {size} and a centre crop "
+            f"(it says {getattr(backbone, 'transform_key', 'nothing')})"
+        )
+    for name in ("mean", "std"):
+        ours = getattr(backbone, name, torch.zeros(0)).flatten()
+        theirs = torch.tensor(expected[name])
+        if ours.shape != theirs.shape or not ours.allclose(theirs, atol=1e-4):
+            problems.append(f"{name} of pixels is {ours.tolist()}, the checkpoints need {expected[name]}")
+    return problems
+
+
+def _preprocessed(image: Any, expected: Mapping[str, Any]) -> Tensor:
+    """Apply the expected preprocessing to the probe, with PIL alone."""
+    import numpy as np
+    from PIL import Image
+
+    size, method = expected["size"], Image.Resampling[expected["interpolation"].upper()]
+    cropped = image.resize((3 * size, size), method).crop((size, 0, 2 * size, size))
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
+
+
+def _moved(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Name a class that stands elsewhere in the data; names that only one of them has tell nothing."""
+    plain = [["".join(filter(str.isalnum, name.casefold())) for name in names] for names in (ours, theirs)]
+    for index, name in enumerate(plain[0]):
+        if plain[1].count(name) == plain[0].count(name) == 1 and plain[1].index(name) != index:
+            return f"{ours[index]!r} is {index} here, {plain[1].index(name)} in the data"
+    return ""
