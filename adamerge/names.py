@@ -84,4 +84,5 @@ def _traits(shapes: Mapping[str, Shape]) -> tuple[str, str]:
     patches = next((s for n, s in shapes.items() if len(s) == 4 and _PATCHES.fullmatch(n)), (0, 0, 0, 0))
     vit = f"ViT-{_WIDTHS[patches[0]]}/{patches[2]}" if patches[0] in _WIDTHS else ""
     layers = [int(number) for name in shapes for number in _LAYER.findall(name)]
-    return vit, f"{max(layers) + 1} layers" if layers else ""
+    depth = max(layers, default=-1) + 1
+    return vit, f"{depth} layer{'s' if depth > 1 else ''}" if depth else ""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from adamerge import zoo
+from adamerge.checkpoints.converted import PICKLED, with_safetensors
 from adamerge.checkpoints.open_clip_source import PREFIX as OPEN_CLIP
 from adamerge.checkpoints.open_clip_source import open_clip_folder
 from adamerge.data.tasks import EMBEDDED
@@ -43,7 +44,12 @@ def locate(path: str) -> Path:
 def fetch(repo_id: str, role: str) -> Path:
     """Download (or find in the local cache) a model repository's safetensors and configs.
 
+    A repository from before safetensors is converted once: see `with_safetensors`.
+
     Raises:
         EnvironmentProblem: The hub cannot be reached and the repository is not cached.
     """
-    return snapshot(repo_id, role, _WANTED)
+    folder = snapshot(repo_id, role, _WANTED)
+    if any(folder.rglob("*.safetensors")):
+        return folder
+    return with_safetensors(snapshot(repo_id, role, [*_WANTED, *PICKLED]), role)

@@ -193,10 +193,11 @@ def _numeric_error(name: str, tensor: Tensor, cast: Tensor) -> NumericError:
     limits, wider = torch.finfo(cast.dtype), "bfloat16"
     if limits.max >= torch.finfo(torch.bfloat16).max:
         wider = "float32" if cast.dtype == torch.bfloat16 else "float64"
-    count = int((~torch.isfinite(cast.float())).sum())
+    count, largest = int((~torch.isfinite(cast.float())).sum()), tensor.abs().max().item()
+    how = f"reaches {largest:.4g}" if found is None else "overflows"
     return NumericError(
-        f"the merged {name} reaches {tensor.abs().max().item():.4g}: {count} of its {cast.numel()} values "
-        f"are beyond {limits.max:.6g}, the most that {cast.dtype} can hold.",
+        f"the merged {name} {how}: {count} of its {cast.numel()} values are beyond {limits.max:.6g}, "
+        f"the most that {cast.dtype} can hold.",
         f"Nothing was written; use --dtype {wider} (dtype=torch.{wider}).",
     )
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from adamerge.checkpoints import locate, require_same_configuration
+from adamerge.checkpoints import locate
 from adamerge.errors import InputError, shortlist
+from adamerge.models.opening import require_same_function
 from adamerge.vectors import TaskVectors
 
 
@@ -54,7 +55,7 @@ class Sources:
         given = {"base": base, **parse_experts(experts)}
         paths = {role: locate(path) for role, path in given.items()}
         found = cls(given, paths)
-        require_same_configuration(found.base, found.experts)
+        require_same_function(found.base, found.experts)
         return found
 
     @property

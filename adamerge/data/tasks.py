@@ -22,7 +22,8 @@ class TaskSpec:
             ``embedded:TASK/SPLIT``. Labels found there are dropped. None: the task is evaluated only.
         test: Labelled images for `adamerge test`, in the same forms; None: no accuracy is reported.
         classes: Class names in label order, for the zero-shot head, as a list or as the lines of one text
-            (which a command line reads faster); empty: those of an embedded task.
+            (which a command line reads faster); empty: those of an embedded task,
+            or unknown, where a head file or an expert's own classifier serves.
         templates: Prompts with ``{}`` for the class name; empty: those of an embedded task, else
             "a photo of a {}.".
         head: A safetensors file with ``weight [class, dim]`` instead of a zero-shot head.
@@ -49,8 +50,8 @@ def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
     """Fill in what embedded tasks know of themselves, and check the rows.
 
     Raises:
-        InputError: A name cannot be a file name, two names differ only in case, a row has no images or
-            no class names, a corruption is unknown, or a head file does not exist.
+        InputError: A name cannot be a file name, two names differ only in case, a row has no images, a
+            corruption is unknown, or a head file does not exist.
     """
     if not tasks:
         raise InputError("no tasks were given.", "Name at least one task under data.tasks.")
@@ -71,10 +72,6 @@ def _complete(name: str, spec: TaskSpec) -> TaskSpec:
         classes, templates = classes or list(row.classes), templates or list(row.templates)
     if spec.head and not Path(spec.head).exists():
         raise InputError(f"task {name!r}: head file {spec.head} does not exist.")
-    if not classes and not spec.head:
-        raise InputError(
-            f"task {name!r} has no class names.", "Give `classes: [...]` in label order, or a `head` file."
-        )
     templates = templates or DEFAULT_TEMPLATES
     without = [t for t in templates if "{}" not in t]
     if without:

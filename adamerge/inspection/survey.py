@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from adamerge.checkpoints import Adapter, require_same_configuration
+from adamerge.checkpoints import Adapter
 from adamerge.errors import InputError, shortlist
 from adamerge.inspection.checks import (
     audit_problems,
@@ -20,6 +20,7 @@ from adamerge.inspection.checks import (
 )
 from adamerge.inspection.report import Kept, ModelFacts, Report
 from adamerge.inspection.walk import Walk, comparable
+from adamerge.models.opening import require_same_function
 from adamerge.names import require_file_names
 from adamerge.state import State, info, is_mergeable, matches
 from adamerge.vectors import TaskVectors
@@ -94,7 +95,7 @@ def _configuration_problems(base: Source, experts: Mapping[str, Source]) -> Iter
     for task, expert in experts.items():
         if isinstance(base, str | Path) and isinstance(expert, str | Path):
             try:
-                require_same_configuration(Path(base), {task: Path(expert)})
+                require_same_function(Path(base), {task: Path(expert)})
             except InputError as error:
                 yield one_line(error)
 

@@ -108,8 +108,9 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
             mixture = _static(path, document, backbone or open_backbone(path))
         else:
             tensors = open_checkpoint(path / WEIGHTS, role="model")
-            names = [name.removeprefix("shared/") for name in tensors if name.startswith("shared/")]
-            backbone = backbone or open_backbone(path, [*names, *document["aliases"]])
+            names = {name.removeprefix("shared/"): name for name in tensors if name.startswith("shared/")}
+            names |= {alias: names[name] for alias, name in document["aliases"].items()}
+            backbone = backbone or open_backbone(path, tensors.renamed(names))
             mixture = _mixture(tensors, document, backbone)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(

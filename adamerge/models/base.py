@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge.errors import InputError, shortlist
+from adamerge.models.batch_norm import MergedNorms
 from adamerge.state import State
 
 Opener = Callable[[Path, str, State], State]
@@ -100,7 +101,7 @@ class ModuleBackbone:
         # looking for tied weights takes as long as a small layer: once is enough
         self._is_tied = len(parameters) > len([*module.parameters()])
         self.files = {name: prefix + name for name, _ in (*parameters, *module.named_buffers())}
-        self._own = {file: name for name, file in self.files.items()}
+        self._norms = MergedNorms(module)
         named = [*module.named_parameters(), *module.named_buffers()]
         self._names = tuple(prefix + name for name, tensor in named if tensor.is_floating_point())
         self._hollow = {name for name, tensor in named if tensor.is_meta and tensor.is_floating_point()}
@@ -124,13 +125,15 @@ class ModuleBackbone:
 
         Raises:
             InputError: A weight is missing that the module has no value of.
+            NumericError: A merged variance of a BatchNorm layer is negative.
         """
-        own = {self._own[name]: w for name, w in weights.items() if name in self._own}
+        own = {name: weights[file] for name, file in self.files.items() if file in weights}
         missing = self._hollow.difference(own)
         if missing and not self._is_tied:  # torch computes with memory that nobody has written
             raise InputError(f"the weights lack {shortlist(sorted(self.files[name] for name in missing))}.")
         if inputs.dtype == torch.uint8:
             inputs = (inputs.float() / 255 - self.mean) / self.std
+        own = self._norms.prepared(own)
         return self._pool(functional_call(self.module, own, (inputs,), tie_weights=self._is_tied))
 
     def preprocess(self, value: Any) -> Tensor:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from adamerge.checkpoints import is_adapter, open_adapter, open_checkpoint
@@ -13,7 +12,6 @@ from adamerge.checkpoints.lora import WEIGHTS
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
 from adamerge.models.base import ModuleBackbone, Opener
-from adamerge.models.batch_norm import MergedNorms
 from adamerge.models.heads import Head
 from adamerge.state import State, TensorInfo, info
 
@@ -42,22 +40,12 @@ class ClassifierBackbone(ModuleBackbone):
     ) -> None:
         super().__init__(_hollow(module), **options)
         self.files, self.classifier, self.modality = dict(files), classifier, modality
-        self._norms = MergedNorms(module)
         self.unmerged = tuple(f"{classifier}.{leaf}" for leaf in ("weight", "bias") if classifier)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names, in the base's file, of what `features` reads."""
         return tuple(dict.fromkeys(self.files.values()))
-
-    def features(self, weights: State, inputs: Tensor) -> Float[Tensor, "image dim"]:
-        """Give what the classifier reads, under these weights, which come by the base's names.
-
-        Raises:
-            NumericError: A merged variance of a BatchNorm layer is negative.
-        """
-        own = {name: weights[file] for name, file in self.files.items() if file in weights}
-        return super().features(self._norms.prepared(own), inputs)
 
     def expert(self, path: Path, role: str, base: State, opener: Opener) -> State:
         """Open an expert; a PEFT folder may hold a classifier of its own shape."""

@@ -47,7 +47,14 @@ def zero_shot(
         library: Name and version of what reads it.
         load: Loads the text tower; called at most once, and only where a head is not in the cache.
         tasks: Class names and templates by task name.
+
+    Raises:
+        InputError: A task has no class names.
     """
+    for task, spec in tasks.items():
+        if not spec.classes:
+            hint = "Give `classes: [...]` in label order, or a `head` file."
+            raise InputError(f"task {task!r} has no class names.", hint)
     model = _digest(folder, library)
     heads: dict[str, Head] = {}
     tower = None

@@ -23,11 +23,13 @@ class Head:
         weight: ``[class, dim]`` fp32; for CLIP the unit text vectors times exp(logit scale).
         bias: ``[class]`` fp32, or None.
         normalize: Whether features are L2-normalised first, as CLIP does.
+        role: What messages call it.
     """
 
     weight: Float[Tensor, "class dim"]
     bias: Float[Tensor, " class"] | None = None
     normalize: bool = True
+    role: str = "the head"
 
     def logits(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image class"]:
         """Normalise and classify in fp32, outside autocast: CLIP's logits are too large for bf16.
@@ -37,7 +39,8 @@ class Head:
         """
         if features.shape[-1] != self.weight.shape[1]:
             raise InputError(
-                f"the head reads {self.weight.shape[1]} dimensions, the features have {features.shape[-1]}.",
+                f"{self.role} reads {self.weight.shape[1]} dimensions, "
+                f"the features have {features.shape[-1]}.",
                 "Head and backbone must share the projection.",
             )
         with torch.autocast(features.device.type, enabled=False):

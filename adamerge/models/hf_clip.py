@@ -92,7 +92,11 @@ def _text_tower(path: Path) -> TextTower:
 
     def encode(prompts: list[str]) -> Tensor:
         options = {"truncation": True, "max_length": text.max_position_embeddings, "padding": True}
-        return model(**tokenizer(prompts, return_tensors="pt", **options)).text_embeds
+        tokens = tokenizer(prompts, return_tensors="pt", **options)
+        if tokens["input_ids"].max() >= text.vocab_size:
+            why = f"its tokenizer has {len(tokenizer)} tokens, its embedding {text.vocab_size} rows."
+            raise without_text_tower(path, why)
+        return model(**tokens).text_embeds
 
     return TextTower(encode, float(state["logit_scale"].float().exp()))
 

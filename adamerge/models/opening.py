@@ -1,6 +1,7 @@
 """Opens a model by what its files say it is: the backbone, and every task's frozen head."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def open_heads(
     if rest:
         paths = {task: locate(str(expert)) for task, expert in (experts or {}).items()}
         heads |= format_of(path).heads(path, rest, paths)
-    return {task: heads[task] for task in tasks}
+    return {task: replace(heads[task], role=f"the head of task {task!r}") for task in tasks}
 
 
 def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str, Head]:

@@ -1,16 +1,18 @@
 """Hub ids, without a hub: `snapshot_download` is replaced where it would be reached."""
 
+import pickle
 import socket
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from adamerge import hub
 from adamerge.checkpoints import hub as model_hub
 from adamerge.checkpoints import open_checkpoint
-from adamerge.errors import EnvironmentProblem, InputError
+from adamerge.errors import AdamergeWarning, EnvironmentProblem, InputError
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +89,38 @@ def test_a_path_that_looks_like_no_hub_id_never_asks_the_network(monkeypatch: py
     monkeypatch.setattr(model_hub, "fetch", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="does not exist"):
         open_checkpoint("runs/missing.safetensors")
+
+
+def test_a_repository_without_safetensors_is_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tensor = tmp_path / "old", torch.arange(3.0)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    asked: list[list[str]] = []
+
+    def cached(_repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        if "pytorch_model.bin" in allow_patterns:
+            torch.save({"w": tensor}, folder / "pytorch_model.bin")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    monkeypatch.setattr(hub, "reachable", lambda _: True)
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
+    with pytest.warns(AdamergeWarning, match="owner/name has no safetensors: pytorch_model.bin is converted"):
+        found = open_checkpoint("owner/name", role="owner/name")
+    assert torch.equal(found["w"], tensor)
+    assert sorted(path.name for path in found.root.iterdir()) == ["config.json", "model.safetensors"]
+    assert open_checkpoint("owner/name").root == found.root  # and does not warn again
+    assert "pytorch_model.bin" not in asked[0]
+
+
+def test_a_repository_that_asks_for_more_than_tensors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(eval))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
+    with pytest.warns(AdamergeWarning), pytest.raises(InputError, match="builtins.eval"):
+        open_checkpoint("owner/name")

@@ -213,7 +213,7 @@ UNFIT: dict[str, tuple[Tensor, torch.dtype | None, str]] = {
     "half that overflowed before": (
         torch.tensor([[0, -INF, 0], [0, 0, 1]]).half(),
         None,
-        r"reaches inf: 1 of its 6 values are beyond 65504, .*\n.*use --dtype bfloat16",
+        r"overflows: 1 of its 6 values are beyond 65504, .*\n.*use --dtype bfloat16",
     ),
     "overflow of bfloat16": (torch.full((2, 3), 3.4e38), torch.bfloat16, r"use --dtype float32"),
     "overflow of fp32": (

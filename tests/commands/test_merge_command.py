@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import TASKS
+from conftest import TASKS, tiny_config, write_clip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -317,3 +317,15 @@ def test_an_inner_option_of_the_wrong_type_is_refused(
         assert main(["merge", *given, *arguments(clip), *out]) == 2
         assert "density='much' has the wrong type" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_open_clip_experts_of_another_activation_are_refused(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config()
+    config["model_cfg"]["quick_gelu"] = True
+    write_clip(tmp_path / "quick", config=config)
+    given = ["--base", str(clip / "base"), "--experts", f"cars={tmp_path / 'quick'}", "--force"]
+    assert main(["merge", "average", *given, "--out", str(tmp_path / "out")]) == 2
+    assert "activation differs: base gelu, expert 'cars' quick_gelu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

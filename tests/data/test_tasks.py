@@ -47,7 +47,6 @@ def test_a_head_file_needs_no_class_names(tmp_path: Path) -> None:
         ({"a/b": ROW}, "task name 'a/b' cannot be a file name"),
         ({"": ROW}, "task name '' cannot be"),
         ({".hidden": ROW}, "task name '.hidden' cannot be"),
-        ({"cars": TaskSpec("images")}, "task 'cars' has no class names"),
         ({"cars": TaskSpec(classes=["a"])}, "task 'cars' has no images.\nGive `adapt`, `test`, or both"),
         ({"cars": TaskSpec("x", classes=["a"], corruption="fog")}, "corruption 'fog' is unknown"),
         ({"mnist": TaskSpec("embedded:mnist/adapt", corruption="contrast")}, "too small to be corrupted"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adamerge import TaskSpec
 from adamerge.cache import cache_folder
+from adamerge.errors import InputError
 from adamerge.models import Head, head_cache, open_heads
 from adamerge.models.head_cache import TextTower, zero_shot
 
@@ -159,3 +160,9 @@ def test_heads_of_a_real_tower_come_back_to_the_last_bit(tmp_path: Path, cache: 
     document["model_cfg"]["quick_gelu"] = True
     config.write_text(json.dumps(document))
     assert weights(open_heads(tmp_path / "clip", TASKS)) != weights(first)
+
+
+def test_a_task_without_class_names_is_refused_before_any_work(folder: Path, load: Loads) -> None:
+    with pytest.raises(InputError, match="task 'birds' has no class names.\nGive `classes"):
+        zero_shot(folder, "library 1", load, {**TASKS, "birds": TaskSpec("x")})
+    assert load.count == 0

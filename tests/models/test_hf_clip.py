@@ -266,6 +266,14 @@ class TestRefusals:
                 ),
                 "its weights lack text_model.encoder.layers.1",
             ),
+            (
+                lambda base: [
+                    path.write_text(path.read_text().replace("<|startoftext|>", "<start>"))
+                    for path in (base / "vocab.json", base / "tokenizer.json")
+                    if path.exists()
+                ],
+                "its tokenizer has .* tokens, its embedding .* rows",
+            ),
         ],
     )
     def test_heads_without_text_tower(

@@ -15,6 +15,7 @@ from tiny_networks import adaptation, images, make_hf, rename, texts, tokenizer,
 from torch import nn
 from torch.testing import assert_close
 
+from adamerge import Router, load, save_mixture
 from adamerge.checkpoints import open_checkpoint
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
@@ -279,19 +280,35 @@ class TestHeads:
             open_heads(tmp_path, specs(y=3), {})
 
 
-def test_three_steps_on_texts_and_an_accuracy(tmp_path: Path) -> None:
-    classes = {"mood": 2, "colour": 4}
+@pytest.fixture
+def tasks(tmp_path: Path) -> dict[str, TaskSpec]:
+    """Two tasks of texts, a base and two experts of theirs under the tasks' names; classes are unnamed."""
     write_hf(tmp_path / "base", make_hf(texts("Bert")))
-    tasks = {}
-    for seed, (task, count) in enumerate(classes.items(), 1):
+    found = {}
+    for seed, (task, count) in enumerate({"mood": 2, "colour": 4}.items(), 1):
         write_hf(tmp_path / task, make_hf(texts("Bert"), n_classes=count, seed=seed))
         rows = [{"text": text, "label": i % count} for i, text in enumerate(SENTENCES * 4)]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{task}.parquet")
-        source = str(tmp_path / f"{task}.parquet")
-        tasks[task] = TaskSpec(source, source, [f"{i}" for i in range(count)])
-    experts = {task: str(tmp_path / task) for task in classes}
+        found[task] = TaskSpec(*[str(tmp_path / f"{task}.parquet")] * 2)
+    return found
+
+
+def test_three_steps_on_texts_and_an_accuracy(tasks: dict[str, TaskSpec], tmp_path: Path) -> None:
+    experts = {task: str(tmp_path / task) for task in tasks}
     model = merge_task(str(tmp_path / "base"), experts, tasks, force=True)
     before = model.coefficients.table()[1].clone()
     accuracy = adaptation(model, tasks, 3)
-    assert set(accuracy) == set(classes)
+    assert set(accuracy) == set(tasks)
     assert ((model.coefficients.table()[1] - before).abs() > 0).all(0).float().mean() > 0.8
+
+
+def test_a_mixture_of_texts_is_saved_and_loaded(tasks: dict[str, TaskSpec], tmp_path: Path) -> None:
+    experts = {task: str(tmp_path / task) for task in tasks}
+    model = merge_task(str(tmp_path / "base"), experts, tasks, coefficients=Router(), force=True)
+    assert model.mixture is not None
+    mixture = model.mixture.eval()
+    save_mixture(mixture, tmp_path / "out", like=tmp_path / "base")
+    loaded = load(tmp_path / "out")
+    batch = torch.stack([mixture.backbone.preprocess(text) for text in SENTENCES])
+    for task in tasks:
+        assert torch.equal(loaded.logits(batch, task), mixture.logits(batch, task))

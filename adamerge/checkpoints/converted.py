@@ -1,0 +1,47 @@
+"""Hub repositories from before safetensors: their pickled weights are converted once, into the cache."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from adamerge.atomic import atomic_folder
+from adamerge.cache import cache_folder
+from adamerge.checkpoints.contents import choose, tensors_in
+from adamerge.checkpoints.pickled import open_pickled, read_all
+from adamerge.digests import sha256
+from adamerge.errors import AdamergeWarning
+
+PICKLED = {
+    "pytorch_model.bin": "model.safetensors",
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+
+
+def with_safetensors(folder: Path, role: str) -> Path:
+    """Give a folder like this one whose weights are safetensors; nothing of the pickled file is run.
+
+    Args:
+        folder: What was downloaded. Where it holds none of `PICKLED`, it is given back as it is.
+        role: Who this is, for the note.
+
+    Raises:
+        InputError: The file is damaged, or asks to import what no model needs.
+    """
+    name = next((name for name in PICKLED if (folder / name).exists()), None)
+    if name is None:
+        return folder
+    source = folder / name
+    target = cache_folder() / "converted" / sha256(source)
+    if not (target / PICKLED[name]).exists():
+        message = f"{role} has no safetensors: {name} is converted, without running it, into {target}."
+        warnings.warn(message, AdamergeWarning, stacklevel=2)
+        with open_pickled(source) as found:
+            tensors = read_all(tensors_in(choose(found)[0]), source)
+        with atomic_folder(target, overwrite=True) as made:
+            for path in folder.iterdir():
+                if path.is_file() and path != source:
+                    shutil.copyfile(path, made / path.name)
+            save_file(tensors, made / PICKLED[name], {"format": "pt"})
+    return target
