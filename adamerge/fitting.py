@@ -444,6 +444,7 @@ class RunCLI(LightningCLI):
             "folder": str(Path.cwd()),  # relative paths of the configuration start here
             "weights": dict(self.model.vectors.digests),
             "data": self.datamodule.fingerprint(),
+            "preprocessing": json.loads(self.model.backbone.transform_key or "{}"),
             "config": yaml.safe_load(self._resolved()),
             "code": provenance.code_version(),
         }

@@ -72,7 +72,15 @@ def test_the_result_row_holds_accuracies_and_digests(finished: tuple[Path, Path]
     assert row["transductive"] == []
     expected = open_checkpoint(clip / "experts" / "bars.safetensors").file_digest()
     assert row["provenance"]["weights"]["bars"] == expected
-    assert set(row["provenance"]) == {"schema_version", "folder", "weights", "data", "config", "code"}
+    assert set(row["provenance"]) == {
+        "schema_version",
+        "folder",
+        "weights",
+        "data",
+        "preprocessing",
+        "config",
+        "code",
+    }
 
 
 def test_plain_open_clip_loads_the_merged_model(finished: tuple[Path, Path]) -> None:
