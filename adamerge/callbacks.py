@@ -329,7 +329,7 @@ class CollapseGuard(pl.Callback):
         for task in module.data.adapting_tasks:
             held_out = module.data.held_out(task)
             if len(held_out) >= _FEWEST:
-                self._images[task] = held_out.part(torch.arange(min(self.max_images, len(held_out))))
+                self._images[task] = held_out.sample(self.max_images)
                 self._expert[task] = module.expert_logits(task, self._images[task])
 
     def _judge(self, trainer: pl.Trainer, module: MergeTask, signs: Mapping[str, Signs]) -> None:

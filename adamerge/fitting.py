@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from adamerge import callbacks, provenance
 from adamerge.atomic import write_text
-from adamerge.checkpoints import Checkpoint, locate, open_checkpoint
+from adamerge.checkpoints import adapter_digest, is_adapter, locate, open_checkpoint
 from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
@@ -180,11 +180,15 @@ def open_vectors(
 
 def weight_digests(base: str, experts: Mapping[str, str], *, fresh: bool = False) -> dict[str, str]:
     """Hash the files of a base and its experts (SHA-256), as `TaskVectors.open` does."""
-    state = open_checkpoint(locate(base), role="base")
-    opened: dict[str, Any] = {task: open_expert(locate(path), task, state) for task, path in experts.items()}
-    more = {task: {"fresh": fresh} if isinstance(s, Checkpoint) else {} for task, s in opened.items()}
-    found = {task: expert.file_digest(**more[task]) for task, expert in opened.items()}
-    return {"base": state.file_digest(fresh=fresh), **found}
+    return {role: _digest_of(locate(path), role, fresh) for role, path in {"base": base, **experts}.items()}
+
+
+def _digest_of(path: Path, role: str, fresh: bool) -> str:
+    return (
+        adapter_digest(path)
+        if is_adapter(path)
+        else open_checkpoint(path, role=role).file_digest(fresh=fresh)
+    )
 
 
 _NOISE = (

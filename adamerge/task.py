@@ -143,7 +143,7 @@ class MergeTask(pl.LightningModule):
         if not self.recalibrate:
             return {}
         parts = {task: self.data.adaptation(task) for task in self.data.adapting_tasks}
-        few = {t: i.part(torch.arange(min(self.recalibrate, len(i)))).images for t, i in parts.items()}
+        few = {task: images.sample(self.recalibrate).images for task, images in parts.items()}
         found = recalibrate(self.backbone, weights, few)
         return {name: value for name, value in found.items() if value is not weights[name]}
 
@@ -404,9 +404,13 @@ class MergeTask(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that data and experts agree, before any work."""
-        unknown = [task for task in self.data.tasks if task not in self.heads]
+        unknown = [task for task in self.data.adapting_tasks if task not in self.vectors.tasks]
+        unknown += [task for task in self.data.tasks if task not in (*self.heads, *unknown)]
         if unknown:
-            raise InputError(f"data tasks {unknown} have no expert.", f"Experts: {list(self.vectors.tasks)}.")
+            raise InputError(
+                f"data tasks {unknown} have no expert.",
+                f"Experts: {list(self.vectors.tasks)}. A task that is evaluated only has no `adapt` images.",
+            )
         if self.trainer.precision not in _PRECISIONS:
             raise InputError(
                 f"precision {self.trainer.precision!r} would round the coefficients.",

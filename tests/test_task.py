@@ -250,8 +250,11 @@ def test_premises_are_checked_before_any_work(clip: Path) -> None:
         type(task)(task.vectors, task.backbone, heads)
     data = memory_data()
     data.tasks["extra"] = data.tasks["dots"]
-    with pytest.raises(InputError, match="have no expert"):
+    with pytest.raises(InputError, match=r"data tasks \['extra'\] have no expert.*\n.*has no `adapt` images"):
         adapt(make_task(clip), data, 1)
+    task.heads["extra"] = task.heads["dots"]  # a head makes no expert: its images would be trained on
+    with pytest.raises(InputError, match=r"data tasks \['extra'\] have no expert"):
+        adapt(task, data, 1)
     data = memory_data()
     data.tasks["dots"].classes.append("three")
     with pytest.raises(InputError, match="head 'dots' has 2 rows for 3 classes"):

@@ -1,6 +1,6 @@
 """Any published checkpoint to a lazy State, and a State back to the same layout."""
 
-from adamerge.checkpoints.adapter import Adapter, is_adapter, open_adapter
+from adamerge.checkpoints.adapter import Adapter, adapter_digest, is_adapter, open_adapter
 from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
@@ -11,6 +11,7 @@ __all__ = [
     "Adapter",
     "Checkpoint",
     "SpanReader",
+    "adapter_digest",
     "copy_companions",
     "is_adapter",
     "local_path",

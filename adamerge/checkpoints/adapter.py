@@ -74,8 +74,7 @@ class Adapter(Mapping[str, Tensor]):
 
     def file_digest(self) -> str:
         """Hash the bytes of all files (SHA-256), which stands for this adapter in reports."""
-        digests = (hashlib.sha256(file.read_bytes()).digest() for file in self.files)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return adapter_digest(self.root)
 
     def _wide(self, name: str) -> Tensor:
         return self._base[name].detach().cpu().float()
@@ -105,6 +104,12 @@ def is_adapter(path: str | Path) -> bool:
     """Tell whether a local folder holds a PEFT adapter and no complete model."""
     root = Path(path)
     return (root / CONFIG).is_file() and not any((root / name).exists() for name in (INDEX, *SINGLE_FILES))
+
+
+def adapter_digest(root: Path) -> str:
+    """Hash the files of a PEFT folder (SHA-256), whatever base it belongs to."""
+    digests = (hashlib.sha256((root / name).read_bytes()).digest() for name in (CONFIG, WEIGHTS))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def open_adapter(path: str | Path, base: State, *, role: str) -> Adapter:

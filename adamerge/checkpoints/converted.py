@@ -1,5 +1,6 @@
 """Hub repositories from before safetensors: their pickled weights are converted once, into the cache."""
 
+import hashlib
 import shutil
 import warnings
 from pathlib import Path
@@ -33,15 +34,18 @@ def with_safetensors(folder: Path, role: str) -> Path:
     if name is None:
         return folder
     source = folder / name
-    target = cache_folder() / "converted" / sha256(source)
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    row = "\n".join(f"{place} {sha256(path)}" for place, path in files.items())
+    target = cache_folder() / "converted" / hashlib.sha256(row.encode()).hexdigest()
     if not (target / PICKLED[name]).exists():
         message = f"{role} has no safetensors: {name} is converted, without running it, into {target}."
         warnings.warn(message, AdamergeWarning, stacklevel=2)
         with open_pickled(source) as found:
             tensors = read_all(tensors_in(choose(found)[0]), source)
         with atomic_folder(target, overwrite=True) as made:
-            for path in folder.iterdir():
-                if path.is_file() and path != source:
-                    shutil.copyfile(path, made / path.name)
+            for place, path in files.items():
+                if path != source:
+                    (made / place).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, made / place)
             save_file(tensors, made / PICKLED[name], {"format": "pt"})
     return target

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def interpret(
         dtype = _dtype_of(name)
         return storage(dtype, str(key), int(count) * dtype.itemsize, view[0] if view else None)
 
-    builders = _BUILDERS | {"torch.storage._load_from_bytes": nested}
+    builders = _BUILDERS | {"torch.storage._load_from_bytes": cache(nested)}  # what is read once is enough
     return Interpreter(stream, builders, persistent).load()
 
 

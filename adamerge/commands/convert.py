@@ -75,8 +75,8 @@ def _stripped(stored: Mapping[str, StoredTensor], prefix: str) -> dict[str, Stor
     if prefix and not any(name.startswith(prefix) for name in stored):
         raise InputError(f"no name begins with {prefix!r}.", f"Names begin with: {_prefixes(stored)}.")
     renamed = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-    if len(renamed) < len(stored) or "" in renamed:
-        raise InputError(f"without {prefix!r}, two names are the same, or one is empty.", "Strip less.")
+    if len(renamed) < len(stored) or not {"", "__metadata__"}.isdisjoint(renamed):  # safetensors' own name
+        raise InputError(f"without {prefix!r}, two names are the same, or one cannot be.", "Strip less.")
     return renamed
 
 

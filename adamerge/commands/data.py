@@ -31,7 +31,7 @@ def data(
     json: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Count files, images, classes and images per class, and decode every image once.
+    """Count files, images (or texts), classes and images per class, and decode every image once.
 
     Exits with 3 where an image cannot be decoded, or something differs from the manifest: a YAML file
     with n_test, classes (names in label order, or their number), digest, n_adapt and adapt_digest by
@@ -146,7 +146,8 @@ def _print(reports: Mapping[tuple[str, str], Report]) -> None:
     for (name, part), report in reports.items():
         sizes, per_class = max(len(report.classes), len(report.per_class)), report.per_class
         spread = f"{min(per_class)}-{max(per_class)}" if per_class else "-"
-        cells = (report.files, report.images, sizes, spread, report.digest[:12])
+        count = f"{report.images} texts" if report.kind == "texts" else report.images
+        cells = (report.files, count, sizes, spread, report.digest[:12])
         table.add_row(name, part, *map(str, cells))
     out = Console()
     out.print(table)

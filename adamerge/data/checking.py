@@ -1,4 +1,4 @@
-"""Counts a source's files, images and classes, and names what differs from what is expected."""
+"""Counts a source's files, images (or texts) and classes, and names what differs from what is expected."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from adamerge.data.decoded import digests_of
 from adamerge.data.decoding import content, decode
-from adamerge.data.rows import open_rows
+from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import find_source
 from adamerge.data.tasks import EMBEDDED, TaskSpec, embedded_source
+from adamerge.data.texts import text_column
 from adamerge.errors import DataError, shortlist
 from adamerge.progress import track
+
+_NO_CONTENT = hashlib.sha256(b"").digest()
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Report:
     Attributes:
         source: As it was given; empty where none was.
         files: Number of files.
-        images: Number of images, those that cannot be decoded among them.
+        images: Number of images (or texts), those that cannot be decoded among them.
         classes: Class names in label order: the source's own, else the task's.
         per_class: Images of each class; empty without labels.
         undecodable: Images that cannot be decoded, and why.
-        digest: SHA-256 of all encoded images and their labels, whatever their order and container.
+        digest: SHA-256 of all encoded images and their labels, whatever their order and container;
+            one that cannot be decoded counts as empty.
         problems: What is wrong, or differs from what was expected.
+        kind: "images" or "texts".
     """
 
     source: str
@@ -41,6 +46,7 @@ class Report:
     undecodable: tuple[str, ...] = ()
     digest: str = ""
     problems: tuple[str, ...] = ()
+    kind: str = "images"
 
 
 def check_source(
@@ -79,17 +85,35 @@ def _count(source: str, spec: TaskSpec, role: str, *, labelled: bool) -> Report:
         found = Report(source, files=1, classes=tuple(spec.classes))
         return _with_counts(found, map(bytes, digests_of(images).numpy()), labels if labelled else None)
     rows = open_rows(find_source(source, role), role)
-    column = rows.image_column(spec.image_column)
+    texts = text_column(rows, spec.image_column)
+    column = texts or rows.image_column(spec.image_column)
     named = rows.label_column(spec.label_column) if labelled else None
-    hashes, undecodable = [], []
-    for index, value in enumerate(track(rows.images(column), f"Checking {role}", len(rows))):
+    found = list(_hashed_texts(rows, column) if texts else _hashed_images(rows, column))
+    report = Report(
+        source,
+        len(rows.source.files),
+        classes=(rows.class_names(named) if named else ()) or tuple(spec.classes),
+        undecodable=tuple(each for each in found if isinstance(each, str)),
+        kind="texts" if texts else "images",
+    )
+    hashes = (_NO_CONTENT if isinstance(each, str) else each for each in found)
+    return _with_counts(report, hashes, rows.labels(named) if named else None)
+
+
+def _hashed_images(rows: Rows, column: str) -> Iterator[bytes | str]:
+    """Hash every encoded image, or name it and say why it cannot be decoded."""
+    for index, value in enumerate(track(rows.images(column), f"Checking {rows.role}", len(rows))):
         problem = decode(value, _nothing)
         if isinstance(problem, str):
-            undecodable.append(f"{rows.name_of(index, value)} ({problem})")
-        hashes.append(hashlib.sha256(content(value) if value else b"").digest())
-    classes = (rows.class_names(named) if named else ()) or tuple(spec.classes)
-    found = Report(source, len(rows.source.files), classes=classes, undecodable=tuple(undecodable))
-    return _with_counts(found, hashes, rows.labels(named) if named else None)
+            yield f"{rows.name_of(index, value)} ({problem})"
+        else:
+            yield hashlib.sha256(content(value)).digest()
+
+
+def _hashed_texts(rows: Rows, column: str) -> Iterator[bytes | str]:
+    """Hash every text, or name the row that has none."""
+    for index, text in enumerate(rows.values(column)):
+        yield f"row {index} (no text)" if text is None else hashlib.sha256(text.encode()).digest()
 
 
 def _with_counts(report: Report, hashes: Iterable[bytes], labels: Tensor | None) -> Report:
@@ -109,19 +133,19 @@ def _with_counts(report: Report, hashes: Iterable[bytes], labels: Tensor | None)
 def _faults(report: Report, classes: Sequence[str]) -> Iterator[str]:
     """Say what no source should have."""
     if report.undecodable:
-        count = f"{len(report.undecodable)} of {report.images} images"
+        count = f"{len(report.undecodable)} of {report.images} {report.kind}"
         yield f"{count} cannot be decoded: {shortlist(report.undecodable, 3)}"
     if classes and max(len(report.classes), len(report.per_class)) != len(classes):
         yield f"{max(len(report.classes), len(report.per_class))} classes, the task has {len(classes)} names"
     if sum(report.per_class) not in (0, report.images):
-        yield f"{report.images - sum(report.per_class)} images have a negative label"
+        yield f"{report.images - sum(report.per_class)} {report.kind} have a negative label"
 
 
 def _differences(report: Report, expected: Mapping[str, Any]) -> Iterator[str]:
     """Say what differs from what is expected."""
     images, classes = expected.get("images"), expected.get("classes")
     if images is not None and images != report.images:
-        yield f"{report.images} images, {images} are expected"
+        yield f"{report.images} {report.kind}, {images} are expected"
     count = classes if isinstance(classes, int) else len(classes or ())
     found = max(len(report.classes), len(report.per_class))
     if count and found != count:

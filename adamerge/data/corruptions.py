@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from importlib.metadata import distributions
 from typing import Any
 
 from adamerge.errors import EnvironmentProblem, InputError, nearest
@@ -31,6 +32,12 @@ def parse_corruption(text: str) -> tuple[str, int]:
     if severity not in ("", *"12345"):
         raise InputError(f"corruption {text!r}: the severity must be 1 to 5.", f"Write {name}/5")
     return name, int(severity or 5)
+
+
+def library_versions() -> list[str]:
+    """Give the version of what corrupts images, for cache keys; the library goes by two names."""
+    names = ("imagecorruptions-imaug", "imagecorruptions")
+    return [found.version for name in names for found in distributions(name=name)]
 
 
 def make_corruption(text: str) -> Corrupt:

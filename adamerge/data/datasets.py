@@ -7,13 +7,14 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
-from adamerge.data.corruptions import Corrupt, make_corruption
+from adamerge.data.corruptions import Corrupt, library_versions, make_corruption
 from adamerge.data.decoded import Decoded, decode_all, decode_once, digests_of
-from adamerge.data.decoding import Preprocess, decode
+from adamerge.data.decoding import Preprocess, decode, require_same_size
 from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import find_source, image_files
 from adamerge.data.tasks import EMBEDDED, embedded_source
@@ -63,6 +64,11 @@ class Images(Dataset[dict[str, Tensor]]):
         batch = {"images": self._whole[self._places(index)], "index": index}
         return [batch if self.labels is None else batch | {"labels": self.labels[index]}]
 
+    def sample(self, count: int, seed: int = 0) -> "Images":
+        """Give some of the images, drawn without replacement, in order; all where there are fewer."""
+        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return self.part(drawn.sort().values)
+
     def part(self, index: Int64[Tensor, " image"]) -> "Images":
         """Give the images at these indices; no pixel is copied."""
         labels, digests = (None if x is None else x[index] for x in (self.labels, self._known_digests))
@@ -108,7 +114,8 @@ def load_images(
             folder and mapped from there the next time; default: nothing is kept.
 
     Raises:
-        DataError: Nothing is there, labels are wanted and absent, or too many images are corrupt.
+        DataError: Nothing is there, labels are wanted and absent, too many images are corrupt, or the
+            preprocessing gives several sizes.
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     if source.startswith(EMBEDDED):
@@ -207,21 +214,27 @@ def _decoded(
         digest = sha256_of_all(rows.source.files)
     except OSError:  # a file that cannot be read is told as an image that cannot be decoded
         return decode_all(decode_rows())
-    parts = [digest, column, corruption, transform_key, pillow]
+    corrupted_by = corruption and [corruption, *library_versions()]
+    parts = [digest, column, corrupted_by, transform_key, pillow]
     return decode_once(decode_rows, json.dumps(parts), len(rows))
 
 
 def _decode_rows(
     rows: Rows, column: str, preprocess: Preprocess, corruption: str | None
 ) -> Iterator[Tensor | str]:
-    """Give every row's image, or its name and why there is none; refuse many of these."""
+    """Give every row's image, or its name and why there is none; refuse many of these, and unequal sizes."""
     corrupt = make_corruption(corruption) if corruption else None
     problems: list[str] = []
+    first: tuple[str, Tensor] | None = None
     for index, value in enumerate(track(rows.images(column), f"Decoding {rows.role}", len(rows))):
         found = decode(value, partial(_corrupted, preprocess, corrupt, index) if corrupt else preprocess)
+        name = rows.name_of(index, value)
         if isinstance(found, str):
-            found = f"{rows.name_of(index, value)} ({found})"
-            problems.append(found)
+            problems.append(f"{name} ({found})")
+            yield problems[-1]
+            continue
+        first = first or (name, found)
+        require_same_size(rows.role, first, (name, found))
         yield found
     if len(problems) > CORRUPT_CEILING * len(rows):
         told = f"{len(problems)} of {len(rows)} images cannot be decoded: {shortlist(problems, 3)}."

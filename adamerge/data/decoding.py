@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from adamerge.errors import DataError
+
 Preprocess = Callable[[Any], Tensor]
 
 
@@ -23,12 +25,26 @@ def decode(value: Any, preprocess: Preprocess) -> Tensor | str:
 
 def content(value: dict[str, Any] | None) -> bytes:
     """Give an image's encoded bytes, whether they lie in the row or in a file of their own."""
-    if value is None:
-        raise ValueError("no image")
-    if value["bytes"] is not None:
+    if value is not None and value["bytes"] is not None:
         return value["bytes"]
+    if value is None or value["path"] is None:
+        raise ValueError("no image")
     with open(value["path"], "rb") as file:
         return file.read()
+
+
+def require_same_size(role: str, *images: tuple[str, Tensor]) -> None:
+    """Compare named images as the preprocessing gives them.
+
+    Raises:
+        DataError: Shapes or types differ.
+    """
+    if len({(image.shape, image.dtype) for _, image in images}) > 1:
+        told = " and ".join(f"{name} {list(image.shape)} {image.dtype}" for name, image in images)
+        raise DataError(
+            f"{role}: the preprocessing gives images of different sizes: {told}.",
+            "It must give one size for all images: let it resize or crop both height and width.",
+        )
 
 
 def _open_image(value: dict[str, Any] | Tensor | None) -> Any:

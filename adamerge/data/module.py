@@ -2,8 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from adamerge.data.datasets import Images, Preprocess, load_images
+from adamerge.data.labels import require_same_classes
 from adamerge.data.sampling import StepSampler
 from adamerge.data.tasks import TaskSpec, resolve
-from adamerge.errors import AdamergeWarning, DataError, InputError
+from adamerge.errors import AdamergeWarning, InputError
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -78,7 +78,8 @@ class MultiTaskData(pl.LightningDataModule):
     def use(self, backbone: Any) -> None:
         """Prepare images for a backbone: by its ``preprocess``, which its ``transform_key`` names."""
         key = getattr(backbone, "transform_key", None) or None
-        if self.transform_key not in (None, key):  # what was loaded is another model's
+        is_known = key == self.transform_key if key else backbone.preprocess == self.preprocess
+        if self.preprocess is not None and not is_known:  # what was loaded is another model's
             self._loaded, self._splits = {}, {}
         self.preprocess, self.transform_key = backbone.preprocess, key
 
@@ -99,7 +100,7 @@ class MultiTaskData(pl.LightningDataModule):
         spec = self.tasks[task]
         images = self._images(task, "test", spec.test, labelled=True)
         if spec.classes:
-            _require_same_classes(task, images, spec.classes)
+            require_same_classes(task, images, spec.classes)
         return images
 
     @property
@@ -121,9 +122,9 @@ class MultiTaskData(pl.LightningDataModule):
         return counts
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash every task's images and head file (SHA-256), for reports and for resuming."""
-        parts = {f"{t} adaptation": self._all_adaptation(t).digests() for t in self.adapting_tasks}
-        parts |= {f"{task} test": self.test(task).digests() for task in self.tested_tasks}
+        """Hash every task's images, test labels and head file (SHA-256), for reports and for resuming."""
+        parts = {f"{t} adaptation": _contents(self._all_adaptation(t)) for t in self.adapting_tasks}
+        parts |= {f"{task} test": _contents(self.test(task)) for task in self.tested_tasks}
         heads = {task: spec.head for task, spec in self.tasks.items() if spec.head}
         parts |= {f"{task} head": [Path(head).read_bytes()] for task, head in heads.items()}
         return {name: hashlib.sha256(b"".join(digests)).hexdigest() for name, digests in parts.items()}
@@ -190,17 +191,12 @@ class MultiTaskData(pl.LightningDataModule):
     def _split(self, task: str) -> tuple[Images, Images]:
         """Give the parts to adapt on and to monitor."""
         if task not in self._splits:
-            self._splits[task] = self._cut(task)
+            images = self._all_adaptation(task)
+            n_held = int(self.holdout * len(images))
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+            seen, held = (images.part(part.sort().values) for part in (order[n_held:], order[:n_held]))
+            self._splits[task] = (seen, held) if n_held else (images, images)
         return self._splits[task]
-
-    def _cut(self, task: str) -> tuple[Images, Images]:
-        images = self._all_adaptation(task)
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(images), generator=generator)
-        n_held = int(self.holdout * len(images))
-        if n_held == 0:
-            return images, images
-        return images.part(order[n_held:].sort().values), images.part(order[:n_held].sort().values)
 
     def _all_adaptation(self, task: str) -> Images:
         return self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)
@@ -225,23 +221,10 @@ class MultiTaskData(pl.LightningDataModule):
         return self._loaded[task, part]
 
 
-def _require_same_classes(task: str, images: Images, classes: Sequence[str]) -> None:
-    """Compare labels, and the source's class names where it has some, with the configured classes."""
-    names, hint = images.class_names, "List the class names in label order."
-    if names and len(names) != len(classes):
-        pairs = enumerate(zip_longest(classes, names))
-        i, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        raise DataError(
-            f"task {task!r} has {len(classes)} class names, its test images have {len(names)}; "
-            f"first difference at index {i}: {ours!r} vs {theirs!r}.",
-            hint,
-        )
-    labels = images.labels
-    bad = [] if labels is None else sorted({int(x) for x in labels.unique() if not 0 <= x < len(classes)})
-    if bad:
-        raise DataError(
-            f"task {task!r}: test images have label {bad[0]}, there are {len(classes)} class names.", hint
-        )
+def _contents(images: Images) -> list[bytes]:
+    """Give what a fingerprint hashes: the images, and labels where they were kept."""
+    labels = [] if images.labels is None else [images.labels.numpy().tobytes()]
+    return [*images.digests(), *labels]
 
 
 def _first(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,13 +119,14 @@ class _Finder:
         """Choose among files of tables: those of the split, or all where no splits can be told apart."""
         direct = [path for path in here if len(path.parts) == 1]
         if split is None and direct:
-            if len(set(map(_split_of, direct)) & set(_SPLITS)) < 2:
+            stems = set(map(_split_of, direct))
+            if len(stems) == 1 or stems.isdisjoint(_SPLITS):
                 return direct
             here = direct
         if not here or (split is None and image_files(folder)):
             return []  # single tables below a folder of images are not its images
         if split is not None and (folder / split).is_dir() and split not in map(_split_of, here):
-            return []
+            return []  # that folder is the split
         split = self._choose(split, sorted(set(map(_split_of, here))))
         found = [path for path in here if _split_of(path) == split]
         parents = sorted({str(path.parent) for path in found})
@@ -135,11 +136,13 @@ class _Finder:
         return found
 
     def _folder(self, folder: Path, split: str | None) -> Source:
-        root = folder / split if split else folder
+        if split is None:
+            return Source(self.given, folder, "folder", tuple(folder / path for path in image_files(folder)))
+        root = folder / split
         if not root.is_dir():
             known = sorted(path.name for path in folder.glob("[!._]*"))
             raise self._error(f"{self.name} has no split {split!r}", f"It holds: {shortlist(known)}.")
-        return Source(self.given, root, "folder", tuple(root / path for path in image_files(root)))
+        return replace(self, given=str(root), name=str(root)).find(root, None, None)
 
     def _choose(self, split: str | None, known: list[str]) -> str:
         if split is None and len(known) == 1:

@@ -30,6 +30,9 @@ class TaskSpec:
         image_column: Column of the images; default: image, img, jpg, jpeg, png or webp.
         label_column: Column of the labels; default: label, fine_label, cls or labels.
         corruption: ``NAME/SEVERITY`` of a corruption of all images, applied before resizing.
+
+    Raises:
+        InputError: A class name or a template is no text.
     """
 
     adapt: str | None = None
@@ -44,6 +47,13 @@ class TaskSpec:
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):
             self.classes = self.classes.splitlines()
+        for name, words in (("classes", self.classes), ("templates", self.templates)):
+            wrong = [word for word in words or () if not isinstance(word, str)]
+            if wrong:
+                raise InputError(
+                    f"{name} has {wrong[0]!r} ({type(wrong[0]).__name__}), which is no text.",
+                    f"Quote them in the YAML file: {name}: ['0', 'yes', ...]",
+                )
 
 
 def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:

@@ -1,5 +1,6 @@
 """A backbone turns weights and inputs into features, without ever changing a module."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -60,6 +61,27 @@ class ImageTransform(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     transform_key: str
+
+
+def geometry_of(transforms: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Tensor]:
+    """Give a PIL pipeline without its last two steps, ToTensor and Normalize, which `features` does."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    def preprocess(image: Any) -> Tensor:
+        for step in transforms[:-2]:
+            image = step(image)
+        return pil_to_tensor(image)
+
+    return preprocess
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none, so that a format can be recognised by its keys."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class ModuleBackbone:

@@ -1,6 +1,5 @@
 """Hugging Face CLIP: the image tower as backbone, the text tower for zero-shot heads."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from adamerge.checkpoints import open_checkpoint
 from adamerge.checkpoints.renaming import prefix_of
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
-from adamerge.models.base import ModuleBackbone, without_values
+from adamerge.models.base import ModuleBackbone, read_object, without_values
 from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
 from adamerge.models.processor import read_processor
@@ -55,7 +54,7 @@ class HfClipBackbone(ModuleBackbone):
 
 def is_hf_clip(path: Path) -> bool:
     """Tell whether a folder holds a CLIP, or an image tower of one, in transformers' format."""
-    config = _read_config(path)
+    config = read_object(path / "config.json")
     kinds = config.get("architectures") or _CLASSES[:1]
     return config.get("model_type") in ("clip", "clip_vision_model") and kinds[0] in _CLASSES
 
@@ -118,11 +117,3 @@ def _clip_config(path: Path) -> Any:
     except Exception as error:  # whatever transformers stumbles over, the file is what is wrong
         reason = str(error).splitlines()[0]
         raise InputError(f"{path / 'config.json'} cannot be used: {reason}", "Download it again.") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -1,6 +1,5 @@
 """Hugging Face classifiers of images and texts, and sentence encoders, without their last layer."""
 
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor
 from adamerge.checkpoints import Checkpoint, is_adapter, open_checkpoint
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
-from adamerge.models.base import Opener
+from adamerge.models.base import Opener, read_object
 from adamerge.models.classifiers import (
     N_CLASSES,
     ClassifierBackbone,
@@ -103,7 +102,7 @@ class HFEncoder(ClassifierBackbone):
 
 def is_hf_encoder(path: Path) -> bool:
     """Tell whether a folder is one of transformers' with an encoder of images or texts."""
-    kind = _read(path / CONFIG).get("model_type")
+    kind = read_object(path / CONFIG).get("model_type")
     return kind is not None and kind in {*_names("Image"), *_names("Sequence")}
 
 
@@ -168,14 +167,6 @@ def _match(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, str]]:
     arrived = {n: t for n, t in model.state_dict().items() if n not in lost and t.is_floating_point()}
     whole = {n: t for n, t in arrived.items() if not any(t.stride()) or t.numel() == 1}  # still one number
     return model, {name: names[int(tensor.flatten()[0])] for name, tensor in whole.items()}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from typing import Any
 
 import PIL
 import torch
-from torch import Tensor
 
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
-from adamerge.models.base import ModuleBackbone
+from adamerge.models.base import ModuleBackbone, geometry_of
 from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
 
@@ -33,27 +32,19 @@ class OpenClipBackbone(ModuleBackbone):
     def __init__(self, path: str | Path) -> None:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
-        from torchvision.transforms.v2.functional import pil_to_tensor
 
         read_config(Path(path))
         with torch.device("meta"), _quiet():
             model: Any = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
         config = dict(model.visual.preprocess_cfg)
         transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
-        geometry = transform.transforms[:-2]  # without ToTensor and Normalize: `features` does these
-
-        def preprocess(image: Any) -> Tensor:
-            for step in geometry:
-                image = step(image)
-            return pil_to_tensor(image)
-
         versions = {"library": f"open_clip {open_clip.__version__}", "pillow": PIL.__version__}
         super().__init__(
             model.visual,
             prefix="visual.",
             mean=config["mean"],
             std=config["std"],
-            preprocess=preprocess,
+            preprocess=geometry_of(transform.transforms),
             transform_key=json.dumps(versions | config, sort_keys=True),
             activation=open_clip_activation(Path(path)),
         )

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import PIL
+import PIL.Image
+import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
@@ -42,4 +43,27 @@ def read_processor(folder: Path) -> ImageTransform:
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
     versions = {"library": f"transformers {transformers.__version__}", "pillow": PIL.__version__}
     key = json.dumps(versions | {"backend": "pil"} | processor.to_dict(), sort_keys=True, default=str)
-    return ImageTransform(preprocess, [m / factor for m in mean], [s / factor for s in std], key)
+    found = ImageTransform(preprocess, [m / factor for m in mean], [s / factor for s in std], key)
+    _require_equal(found, processor, folder)
+    return found
+
+
+def _require_equal(transform: ImageTransform, processor: Any, folder: Path) -> None:
+    """Refuse a processor whose arithmetic is more than a rescaling and a normalisation.
+
+    Raises:
+        InputError: A probe image comes out otherwise.
+    """
+    pixels = torch.arange(40 * 50 * 3).reshape(40, 50, 3) * 7 % 256
+    image = PIL.Image.fromarray(pixels.to(torch.uint8).numpy())
+    ours, expected = transform.preprocess(image), processor(image, return_tensors="pt").pixel_values[0]
+    if ours.dtype == torch.uint8 and ours.dim() == 3:
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (transform.mean, transform.std))
+        ours = (ours / 255 - mean) / std
+        if ours.shape == expected.shape and torch.allclose(ours, expected, atol=0.02):
+            return
+    raise InputError(
+        f"the image processor of {folder} ({type(processor).__name__}) does more than resize, crop, rescale "
+        "and normalise.",
+        "Use a base whose processor does no more, or a backbone of your own (adamerge.ModuleBackbone).",
+    )

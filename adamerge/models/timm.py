@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from adamerge.checkpoints import open_checkpoint
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
-from adamerge.models.base import ImageTransform
+from adamerge.models.base import ImageTransform, geometry_of, read_object
 from adamerge.models.classifiers import (
     N_CLASSES,
     ClassifierBackbone,
@@ -51,7 +49,7 @@ class TimmBackbone(ClassifierBackbone):
 
 def is_timm(path: Path) -> bool:
     """Tell whether a folder is in timm's hub format."""
-    return isinstance(read_timm_config(path).get("architecture"), str)
+    return isinstance(read_object(path / CONFIG).get("architecture"), str)
 
 
 def timm_heads(path: Path, tasks: Mapping[str, TaskSpec], experts: Mapping[str, Path]) -> dict[str, Head]:
@@ -76,18 +74,9 @@ def require_same_timm(base: Path, experts: Mapping[str, Path]) -> None:
                 )
 
 
-def read_timm_config(path: Path) -> dict[str, Any]:
-    """Read a folder's ``config.json``; nothing where there is none, or it is no JSON object."""
-    try:
-        found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _facts(path: Path) -> dict[str, Any]:
     """Give what the function that the weights compute depends on."""
-    config = read_timm_config(path)
+    config = read_object(path / CONFIG)
     cfg, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
     geometry = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
     facts = {"architecture": config.get("architecture")} | {key: cfg[key] for key in geometry if key in cfg}
@@ -100,17 +89,9 @@ def _transform(model: Any) -> ImageTransform:
     import timm
     from timm.data.config import resolve_data_config
     from timm.data.transforms_factory import create_transform
-    from torchvision.transforms.v2.functional import pil_to_tensor
 
     settings = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     whole: Any = create_transform(**settings, is_training=False)
-    geometry = whole.transforms[:-2]  # without ToTensor and Normalize: `features` does these
-
-    def preprocess(image: Any) -> Tensor:
-        for step in geometry:
-            image = step(image)
-        return pil_to_tensor(image)
-
     versions = {"library": f"timm {timm.__version__}", "pillow": PIL.__version__}
     key = json.dumps(versions | settings, sort_keys=True)
-    return ImageTransform(preprocess, settings["mean"], settings["std"], key)
+    return ImageTransform(geometry_of(whole.transforms), settings["mean"], settings["std"], key)

@@ -95,8 +95,9 @@ def test_a_repository_without_safetensors_is_converted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, tensor = tmp_path / "old", torch.arange(3.0)
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "1_Pooling/config.json"):
+        (folder / name).write_text("{}")
     asked: list[list[str]] = []
 
     def cached(_repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
@@ -111,8 +112,12 @@ def test_a_repository_without_safetensors_is_converted_once(
     with pytest.warns(AdamergeWarning, match="owner/name has no safetensors: pytorch_model.bin is converted"):
         found = open_checkpoint("owner/name", role="owner/name")
     assert torch.equal(found["w"], tensor)
-    assert sorted(path.name for path in found.root.iterdir()) == ["config.json", "model.safetensors"]
+    made = sorted(str(path.relative_to(found.root)) for path in found.root.rglob("*.*"))
+    assert made == ["1_Pooling/config.json", "config.json", "model.safetensors"]
     assert open_checkpoint("owner/name").root == found.root  # and does not warn again
+    (folder / "config.json").write_text('{"hidden_act": "gelu"}')  # the same weights are another model now
+    with pytest.warns(AdamergeWarning, match="is converted"):
+        assert open_checkpoint("owner/name").root != found.root
     assert "pytorch_model.bin" not in asked[0]
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adamerge.checkpoints import pickled
 from adamerge.checkpoints.contents import choose, tensors_in
 from adamerge.checkpoints.pickled import open_pickled, read_all
 from adamerge.errors import InputError
@@ -211,6 +212,19 @@ def test_an_attack_inside_a_tensors_own_bytes_is_refused_too(tmp_path: Path) -> 
     (tmp_path / "m.pt").write_bytes(pickle.dumps({"w": outer}))
     assert "asks to import posix.mkdir" in refused(tmp_path / "m.pt")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_files_inside_files_are_read_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten of the next level in each of six levels would be a million files."""
+    data = pickle.dumps({"w": 1})
+    for _ in range(6):
+        data = pickle.dumps([Evil(torch.storage._load_from_bytes, data) for _ in range(10)])
+    (tmp_path / "m.pt").write_bytes(data)
+    read, count = pickled._read_stream, []
+    monkeypatch.setattr(pickled, "_read_stream", lambda stream: count.append(0) or read(stream))
+    with pytest.raises(InputError):
+        tensors(tmp_path / "m.pt")
+    assert len(count) <= 7
 
 
 def test_a_name_alone_is_enough_to_refuse(tmp_path: Path) -> None:

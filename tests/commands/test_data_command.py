@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
 from builders import write_benchmark
 from conftest import CLASSES, TASKS
+from pyarrow import parquet
 
 from adamerge.arguments import parse
 from adamerge.commands.data import data
@@ -53,6 +55,12 @@ def test_sources_of_the_command_line(pictures: Path, capsys: pytest.CaptureFixtu
     bars, dots = json.loads(capsys.readouterr().out)
     assert (bars["task"], bars["part"], bars["images"], bars["per_class"]) == ("bars", "test", 9, [3, 3, 3])
     assert "does not exist" in dots["problems"][0]
+
+
+def test_texts_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parquet.write_table(pyarrow.table({"text": ["bad", "good"], "label": [0, 1]}), tmp_path / "x.parquet")
+    assert run("--sources", f"mood={tmp_path / 'x.parquet'}") == 0
+    assert "2 texts" in capsys.readouterr().out
 
 
 def test_a_clip_benchmark_knows_its_counts(

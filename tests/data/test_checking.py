@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from conftest import CLASSES, draw
 from datasets import Dataset, Features, Image, Value
+from pyarrow import parquet
 
 from adamerge.data.checking import Report, check_source
 from adamerge.data.tasks import TaskSpec
@@ -81,6 +83,30 @@ def test_faults_need_no_expectation(folder: Path, tmp_path: Path) -> None:
     features = Features({"image": Image(), "label": Value("int64")})
     Dataset.from_dict(columns, features).to_parquet(tmp_path / "x.parquet")
     assert check(tmp_path / "x.parquet").problems == ("1 images have a negative label",)
+
+
+def test_what_cannot_be_decoded_is_not_read_again(folder: Path, tmp_path: Path) -> None:
+    (folder / "0_flat" / "9.png").symlink_to(tmp_path / "nowhere")
+    report = check(folder)
+    assert (report.images, len(report.undecodable)) == (10, 1)
+    assert "1 of 10 images cannot be decoded: 0_flat/9.png (" in report.problems[0]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    image = pa.array([{"bytes": None, "path": None}], kind)
+    parquet.write_table(pa.table({"image": image, "label": [0]}), tmp_path / "x.parquet")
+    assert check(tmp_path / "x.parquet").undecodable == ("row 0 (no image)",)
+
+
+def test_texts_are_counted_and_hashed(tmp_path: Path) -> None:
+    def report(**columns: list[Any]) -> Report:
+        parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+        return check(tmp_path / "x.parquet", {"images": 3})
+
+    good = report(text=["bad", "good", "fine"], label=[0, 1, 1])
+    assert (good.images, good.per_class, good.problems, good.kind) == (3, (1, 2), (), "texts")
+    assert report(sentence=["fine", "bad", "good"], label=[1, 0, 1]).digest == good.digest
+    assert report(text=["bad", "good", "fin"], label=[0, 1, 1]).digest != good.digest
+    problems = report(text=["bad", None], label=[0, 1]).problems
+    assert problems == ("1 of 2 texts cannot be decoded: row 1 (no text)", "2 texts, 3 are expected")
 
 
 def test_what_cannot_be_read_is_a_problem(tmp_path: Path) -> None:

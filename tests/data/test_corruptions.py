@@ -80,6 +80,24 @@ def test_images_are_corrupted_before_they_are_resized(seen: list[dict[str, objec
     assert torch.equal(corrupted, load("motion_blur/2"))
 
 
+def test_what_another_version_corrupted_is_not_mapped(
+    seen: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").mkdir()
+    PICTURE.save(tmp_path / "images" / "x.png")
+    source, installed = str(tmp_path / "images"), tmp_path / "imagecorruptions_imaug-0.dist-info"
+    installed.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "cache"))
+    calls = []
+    for version in ("1.1.5", "1.1.5", "1.1.6"):
+        (installed / "METADATA").write_text(f"Name: imagecorruptions-imaug\nVersion: {version}\n")
+        options = {"labelled": False, "role": "x", "corruption": "contrast", "transform_key": "as it is"}
+        load_images(source, pil_to_tensor, **options)
+        calls.append(len(seen))
+    assert calls == [1, 1, 2]
+
+
 def test_the_strongest_is_the_default() -> None:
     assert parse_corruption("pixelate") == ("pixelate", 5)
     assert parse_corruption("pixelate/1") == ("pixelate", 1)

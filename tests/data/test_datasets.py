@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import draw
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
+from pyarrow import parquet
 from torch import Tensor
 
 from adamerge.data.datasets import Images, load_images
@@ -251,6 +253,13 @@ class TestCorruptImages:
     def test_rows_without_bytes_are_corrupt_too(self, tmp_path: Path, content: bytes | None) -> None:
         file = write_rows(tmp_path / "x.parquet", [encoded(0), content], [0, 1])
         assert "1 of 2 images cannot be decoded: row 1 (" in refused(file)
+
+    def test_a_row_with_neither_bytes_nor_path_is_corrupt(self, tmp_path: Path) -> None:
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        rows = pa.array([{"bytes": encoded(0), "path": None}, {"bytes": None, "path": None}], kind)
+        parquet.write_table(pa.table({"image": rows}), tmp_path / "x.parquet")
+        told = "1 of 2 images cannot be decoded: row 1 (no image)"
+        assert told in refused(tmp_path / "x.parquet", labelled=False)
 
     def test_a_decompression_bomb_is_corrupt(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = write_flat(tmp_path / "flat")

@@ -60,6 +60,19 @@ def test_images_are_decoded_once_and_then_mapped(folder: Path, cache: Path) -> N
     assert torch.equal(load_file(file)["images"], first.images)
 
 
+@pytest.mark.parametrize("key", ["as it is", None])
+@pytest.mark.parametrize("size", [(48, 32), (8, 8)])
+def test_a_preprocessing_must_give_one_size(
+    folder: Path, cache: Path, key: str | None, size: tuple[int, int]
+) -> None:
+    for file in folder.rglob("*.png"):
+        draw(0, 0).resize(size if file.parent.name == "b" else (32, 48)).save(file)
+    shapes = rf"a/0.png \[3, 48, 32\] torch.uint8 and b/0.png \[3, {size[1]}, {size[0]}\] torch.uint8"
+    with pytest.raises(DataError, match=f"test: .* different sizes: {shapes}.\nIt must give one size"):
+        load_images(str(folder), pil_to_tensor, labelled=True, role="test", transform_key=key)
+    assert list(cache.glob("*")) == []
+
+
 def test_labels_are_not_kept(folder: Path, cache: Path) -> None:
     load(folder)
     (file,) = cache.iterdir()

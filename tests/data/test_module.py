@@ -120,6 +120,14 @@ def test_the_fingerprint_follows_the_images(make: Make, rows: Rows) -> None:
         assert [key for key in same if same[key] != other[key]] == [f"bars {name}"]
 
 
+def test_the_fingerprint_follows_the_labels_of_test_images_alone(make: Make) -> None:
+    data = make()
+    before = data.fingerprint()
+    data.test("dots").labels[3] ^= 1
+    after = data.fingerprint()
+    assert [key for key in before if before[key] != after[key]] == ["dots test"]
+
+
 def test_a_task_without_adaptation_images_is_evaluated_only(make: Make) -> None:
     data = make({"bars": {"adapt": None}})
     assert data.adapting_tasks == data.tasks_here() == ("circles", "dots")
@@ -143,7 +151,7 @@ def test_adapting_needs_a_task_with_images(make: Make) -> None:
 
 class TestBackbones:
     @staticmethod
-    def backbone(key: str, level: int) -> Any:
+    def backbone(key: str | None, level: int) -> Any:
         def preprocess(_: object) -> torch.Tensor:
             return torch.full((3, 2, 2), level, dtype=torch.uint8)
 
@@ -154,6 +162,16 @@ class TestBackbones:
         for key, level in (("a", 1), ("a", 1), ("b", 2)):
             data.use(self.backbone(key, level))
             assert data.adaptation("bars").images.unique().tolist() == [level]
+
+    def test_without_a_key_the_function_itself_tells_backbones_apart(self, make: Make) -> None:
+        data = make()
+        first, second = self.backbone(None, 1), self.backbone(None, 2)
+        data.use(first)
+        kept = data.adaptation("bars")
+        data.use(first)
+        assert data.adaptation("bars") is kept
+        data.use(second)
+        assert data.adaptation("bars").images.unique().tolist() == [2]
 
     @pytest.mark.parametrize(("cache", "expected"), [(True, 3), (False, 4)])
     def test_a_named_transform_is_computed_once(self, make: Make, cache: bool, expected: int) -> None:

@@ -76,6 +76,19 @@ class TestParquetSplits:
             write(tmp_path / "direct" / f"{split}.parquet", [1])
         assert "has the splits test, train" in refused(tmp_path / "direct")
 
+    def test_a_file_beside_that_of_a_split_is_another_split(self, tmp_path: Path) -> None:
+        for split in ("spatter", "test", "contrast"):
+            write(tmp_path / f"{split}.parquet", [1])
+        assert f"splits contrast, spatter, test.\nName one: {tmp_path}@contrast" in refused(tmp_path)
+
+    def test_a_folder_named_by_its_split_may_hold_tables_of_any_name(self, tmp_path: Path) -> None:
+        for split, seeds in (("test", [1, 2]), ("train", [3])):
+            for seed in seeds:
+                write(tmp_path / split / f"part-{seed}.parquet", [seed])
+        assert labels(f"{tmp_path}@test") == labels(tmp_path / "test") == [1, 2]
+        (tmp_path / "void").mkdir()
+        assert f"{tmp_path}/void holds no images" in refused(f"{tmp_path}@void")
+
     def test_a_single_split_needs_no_name(self, tmp_path: Path) -> None:
         write(tmp_path / "data" / "test-00000-of-00001.parquet", [3])
         assert labels(tmp_path) == [3]

@@ -1,6 +1,8 @@
 """A task is a row: what is filled in, and what is refused."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -65,6 +67,21 @@ def test_wrong_rows_are_refused(tasks: dict[str, TaskSpec], message: str) -> Non
         resolve(tasks)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"classes": [0, 1, 2]}, "classes has 0 (int), which is no text.\nQuote them in the YAML"),
+        ({"classes": ["maybe", True]}, "classes has True (bool)"),
+        ({"templates": ["{}", None]}, "templates has None (NoneType)"),
+    ],
+)
+def test_words_that_yaml_reads_as_something_else_are_refused(row: dict[str, Any], message: str) -> None:
+    spec = TaskSpec("images")
+    vars(spec).update(row)  # in tests the types of arguments are checked before
+    with pytest.raises(InputError, match=re.escape(message)):
+        spec.__post_init__()
 
 
 @pytest.mark.parametrize("split", SPLITS)

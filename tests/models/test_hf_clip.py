@@ -15,7 +15,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    EfficientNetImageProcessor,
+)
 
 from adamerge import Learned, MultiTaskData, TaskSpec
 from adamerge.checkpoints import open_checkpoint, save
@@ -227,6 +232,10 @@ class TestRefusals:
             (
                 lambda base: (base / "preprocessor_config.json").write_text("{"),
                 "the image processor of .* cannot be read",
+            ),
+            (
+                lambda base: EfficientNetImageProcessor().save_pretrained(base),
+                "the image processor .* does more than resize, crop, rescale and normalise",
             ),
             (
                 lambda base: edit(base / "config.json", lambda c: c["vision_config"].update(hidden_size=33)),

@@ -15,7 +15,7 @@ from adamerge import Router
 from adamerge.checkpoints import open_checkpoint
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
-from adamerge.fitting import merge_task, open_vectors
+from adamerge.fitting import merge_task, open_vectors, weight_digests
 from adamerge.models import open_backbone, open_heads, recalibrate
 from adamerge.models.timm import TimmBackbone, require_same_timm
 
@@ -104,6 +104,7 @@ def test_a_lora_folder_is_an_expert_with_its_own_classes(zoo: Path, tmp_path: Pa
             parameter.add_(0.2 * torch.rand(parameter.shape) * parameter.requires_grad)
     trained.save_pretrained(tmp_path)
     vectors, backbone = open_vectors(str(base), {"x": str(tmp_path)})
+    assert weight_digests(str(base), {"x": str(tmp_path)})["x"] == vectors.digests["x"]
     spec = {"x": TaskSpec("memory", None, ["a", "b", "c", "d"])}
     head, picture = open_heads(base, spec, {"x": tmp_path})["x"], backbone.preprocess(draw(3, 1))[None]
     found = head.logits(backbone.features(vectors.merge(vectors.one_hot("x")), picture))
@@ -157,7 +158,7 @@ def test_statistics_measured_again_are_evaluated_and_written(zoo: Path, tmp_path
     model = merge_task(*sources, tasks, recalibrate=4)
     adaptation(model, tasks, 1)
     written, merged = model.merged_state(), model.vectors.state(model.coefficients())
-    images = {t: model.data.adaptation(t).part(torch.arange(4)).images for t in CLASSES}
+    images = {t: model.data.adaptation(t).sample(4).images for t in CLASSES}
     expected = recalibrate(model.backbone, merged, images)
     changed = [name for name in merged if not torch.equal(written[name], merged[name])]
     assert changed
