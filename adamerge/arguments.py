@@ -92,8 +92,10 @@ def _normalized(
 def _joined(words: list[str]) -> list[str]:
     """Make one word, a list, of the words that are neither options nor their values."""
     is_value = [word.startswith("--") and "=" not in word for word in ["", *words]]
-    bare = [w for w, taken in zip(words, is_value, strict=False) if not (taken or w.startswith("--"))]
-    return [w for w in words if w not in bare] + ([json.dumps(bare)] if bare else [])
+    bare, rest = [], []
+    for word, taken in zip(words, is_value, strict=False):
+        (rest if taken or word.startswith("--") else bare).append(word)
+    return rest + ([json.dumps(bare)] if bare else [])
 
 
 def _values(words: list[str]) -> list[str]:

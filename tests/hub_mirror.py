@@ -5,7 +5,8 @@ Below OUT lie, under the ids and in the formats of the real ones, a CLIP base wi
 of the eight data sets; the same base and experts in open_clip's format (`timm/...`, `local/tanganke/...`);
 and the experts as PEFT LoRA folders (`lora/TASK`). All are tiny and random. Labels are what each expert
 predicts, as transformers computes it, but for every eighth: every expert reaches 87.5 %, and no other does.
-`expect.yaml` states the mirror's premises: `adamerge bench run clip8 --mirror OUT --expect OUT/expect.yaml`.
+`expect-NAME.yaml` states what a benchmark's premises are there:
+`adamerge bench run clip8 --mirror OUT --expect OUT/expect-clip8.yaml`.
 """
 
 import json
@@ -31,6 +32,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
 import adamerge
+from adamerge.benchmarks import define
 
 TASKS_FILE = Path(adamerge.__file__).parent / "benchmarks" / "tasks.yaml"
 TASKS = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
@@ -64,12 +66,14 @@ def write_mirror(out: Path) -> None:
         head = zero_shot_head(out / BASE, base, facts()[task]["classes"], facts()[task]["templates"])
         for split in ("train", "test", *([CORRUPTED] if facts()[task].get("corrupted") else [])):
             write_data(out, task, split, base, tower, head)
-    premises = {
-        "accuracy": dict.fromkeys(TASKS, 100 * (N_TEST - WRONG) / N_TEST),
-        "images": dict.fromkeys(TASKS, N_TEST),
-        "transform": {"size": SIZE, "interpolation": "bicubic", "mean": MEAN, "std": STD},
-    }
-    (out / "expect.yaml").write_text(yaml.safe_dump(premises, sort_keys=False))
+    for name in ("clip8", "clip4", "clip8-unseen1"):
+        real = define(name).premises
+        premises = {
+            "accuracy": dict.fromkeys(real.accuracy, 100 * (N_TEST - WRONG) / N_TEST),
+            "images": dict.fromkeys(real.images, N_TEST),
+            "transform": {"size": SIZE},
+        }
+        (out / f"expect-{name}.yaml").write_text(yaml.safe_dump(premises, sort_keys=False))
 
 
 def write_base(folder: Path) -> CLIPModel:

@@ -4,8 +4,9 @@ from adamerge.benchmarks.clip import Definition, define, defined
 from adamerge.benchmarks.files import configs, copy_folder, read_benchmark
 from adamerge.benchmarks.gate import Premises
 from adamerge.benchmarks.measuring import expert_statistics
+from adamerge.benchmarks.opened import oracles
 from adamerge.benchmarks.published import published_rows
-from adamerge.benchmarks.run import Benchmark, oracles
+from adamerge.benchmarks.run import Benchmark
 
 __all__ = [
     "Benchmark",

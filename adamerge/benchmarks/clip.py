@@ -96,7 +96,7 @@ def define(
         experts: Other experts than the benchmark's, by task.
         adapt_split: Images to adapt on: train (disjoint from the test images), or test, as published.
         corruption: One of the usual seven, for the hub's own corrupted test splits; NAME/SEVERITY
-            corrupts here.
+            corrupts here, the images to adapt on too.
         codec: Stored form of the task vectors; default: fp32.
 
     Raises:
@@ -119,12 +119,24 @@ def define(
     choices = [
         f"checkpoints: {checkpoints['title']}, {form} form",
         f"images to adapt on: the {adapt_split} split ({protocol})",
-        *([f"test images: {corruption}; experts passed the gate on clean ones"] if corruption else []),
+        *_corrupted(corruption, adapt_split),
     ]
     document = {"model": model, "data": {**_DATA, "tasks": rows}}
     return Definition(
         name, backbone, family, corruption, document, _premises(family, backbone, rows, paths), choices
     )
+
+
+def _corrupted(corruption: str, adapt_split: AdaptSplit) -> list[str]:
+    """Tell which images are corrupted, and where: by the hub only test splits are, here all images."""
+    if not corruption:
+        return []
+    by = "computed here" if "/" in corruption else "the hub's own split"
+    is_both = "/" in corruption or adapt_split == "test"
+    which = (
+        "test images and images to adapt on" if is_both else "test images only; images to adapt on are clean"
+    )
+    return [f"corruption {corruption} ({by}): {which}"]
 
 
 def _premises(family: str, backbone: str, rows: Collection[str], merged: Collection[str]) -> Premises:

@@ -13,6 +13,7 @@ from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, DataError, InputError, nearest
 from adamerge.models import Backbone
 
+_KEYS = ("size", "interpolation", "mean", "std")
 _NOISE_SIDE = 90  # of the probe image; three times as wide as high, so that every centre crop is exact
 
 
@@ -39,25 +40,56 @@ class Premises:
     waived: tuple[str, ...] = ()
     source: str = ""
 
+    @property
+    def are_stated(self) -> bool:
+        """Whether anything must hold."""
+        return bool(self.accuracy or self.images or self.activation or self.transform)
+
     def expecting(self, file: Path) -> "Premises":
-        """Replace premises by those of a YAML file with some of these attributes; its tasks join ours.
+        """Replace premises by those of a YAML file with some of these attributes but ``waived``.
+
+        Its tasks, and its keys of ``transform``, join ours.
 
         Raises:
-            InputError: The file cannot be read, or has other keys.
+            InputError: The file cannot be read, has other keys, or its ``transform`` is none.
         """
-        known = [f.name for f in fields(self)]
+        known = [f.name for f in fields(self) if f.name != "waived"]
         try:
             given = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
             for key in given:
                 if key not in known:
                     raise InputError(f"--expect {file} has an unknown key {key!r}.", nearest(key, known))
             accuracy = {task: float(value) for task, value in given.get("accuracy", {}).items()}
+            images = {task: int(value) for task, value in given.get("images", {}).items()}
             given["tolerance"] = float(given.get("tolerance", self.tolerance))
-            given["images"] = {**self.images, **given.get("images", {})}
+            transform = {**(self.transform or {}), **given.get("transform", {})}
         except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise InputError(f"--expect {file} cannot be read: {error}.") from error
-        kept = {"accuracy": {**self.accuracy, **accuracy}, "waived": self.waived}
-        return replace(self, **{"source": str(file), **given, **kept})
+        _require_transform(transform, f"--expect {file}")
+        given |= {"accuracy": self.accuracy | accuracy, "images": self.images | images}
+        return replace(self, **{"source": str(file), **given, "transform": transform or None})
+
+
+def _require_transform(transform: Mapping[str, Any], role: str) -> None:
+    """Refuse a preprocessing, where one is stated, that cannot be compared with a backbone's."""
+    from PIL import Image
+
+    methods = [method.name.lower() for method in Image.Resampling]
+    for key in transform:
+        if key not in _KEYS:
+            raise InputError(f"{role}: transform has an unknown key {key!r}.", nearest(key, _KEYS))
+    missing = [key for key in _KEYS if transform and key not in transform]
+    if missing:
+        raise InputError(f"{role}: transform lacks {', '.join(missing)}.", f"It needs {', '.join(_KEYS)}.")
+    name, size = transform.get("interpolation", "bicubic"), transform.get("size", 1)
+    if str(name).lower() not in methods:
+        raise InputError(f"{role}: interpolation {name!r} is unknown.", nearest(str(name), methods))
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"{role}: transform has size {size!r}.", "It is one positive number of pixels.")
+    for key in ("mean", "std"):
+        values = transform.get(key, [0.0] * 3)
+        if not isinstance(values, list) or [type(v) in (int, float) for v in values] != [True] * 3:
+            raise InputError(f"{role}: transform has {key} {values!r}.", "It is a list of three numbers.")
 
 
 def require_known(names: Iterable[str], tasks: Collection[str]) -> None:
@@ -112,16 +144,16 @@ def check_images(premises: Premises, data: MultiTaskData) -> list[Finding]:
 
 def check_accuracy(premises: Premises, accuracy: Mapping[str, float]) -> list[Finding]:
     """Compare every expert's accuracy with its own head with the one that it must reach."""
-    return [
-        Finding(
-            task,
-            f"the expert reaches {accuracy[task]:.2f} %, {expected:.2f} % is expected "
-            f"(tolerance {premises.tolerance:g})",
-            InputError,
-        )
-        for task, expected in premises.accuracy.items()
-        if task in accuracy and abs(accuracy[task] - expected) > premises.tolerance
-    ]
+    found = []
+    for task, expected in premises.accuracy.items():
+        reached = "accuracy was not measured, for want of test images or of an expert"
+        if task in accuracy:
+            reached = f"the expert reaches {accuracy[task]:.2f} %"
+            if abs(accuracy[task] - expected) <= premises.tolerance:
+                continue
+        problem = f"{reached}, {expected:.2f} % is expected (tolerance {premises.tolerance:g})"
+        found.append(Finding(task, problem, InputError))
+    return found
 
 
 def judge(findings: Sequence[Finding], premises: Premises) -> list[str]:
@@ -186,7 +218,7 @@ def _preprocessed(image: Any, expected: Mapping[str, Any]) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    size, method = expected["size"], Image.Resampling[expected["interpolation"].upper()]
+    size, method = expected["size"], Image.Resampling[str(expected["interpolation"]).upper()]
     cropped = image.resize((3 * size, size), method).crop((size, 0, 2 * size, size))
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
 

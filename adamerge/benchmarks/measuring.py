@@ -1,5 +1,6 @@
 """Statistics of a benchmark's experts on its unlabelled adaptation images."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,16 @@ def expert_statistics(
         heads,
         {task: data.adaptation(task).images for task in vectors.tasks},
         lambda task: vectors.state(vectors.one_hot(task)),
-        keys={task: f"{digests['base']}/{digests[task]}/{images}" for task in vectors.tasks},
+        keys={
+            task: f"{digests['base']}/{digests[task]}/{images}/{_digest(heads[task])}"
+            for task in vectors.tasks
+        },
         **options,
     )
+
+
+def _digest(head: Head) -> str:
+    """Hash a head: Fisher diagonals are about its predictions."""
+    tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
+    content = b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(content + bytes([head.normalize])).hexdigest()

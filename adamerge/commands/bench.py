@@ -1,8 +1,11 @@
 """`adamerge bench run BENCHMARK`: a table of methods on one benchmark."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from adamerge.atomic import write_text
 from adamerge.benchmarks import Benchmark, Definition, configs, define, defined, oracles
@@ -11,7 +14,10 @@ from adamerge.benchmarks.gate import Premises
 from adamerge.benchmarks.report import write_report
 from adamerge.errors import InputError, nearest
 from adamerge.progress import console
+from adamerge.results import ResultRow
 from adamerge.static import METHODS
+
+_LIMITS = ("max_", "min_")  # of the trainer's settings, those that say how long it learns
 
 
 def bench(
@@ -55,13 +61,15 @@ def bench(
         experts: Other experts, by task: --experts.cars PATH.
         adapt_split: Images to adapt on: train (default), or test, the published protocol.
         corruption: motion_blur, impulse_noise, gaussian_noise, pixelate, spatter, contrast or
-            jpeg_compression: the hub's corrupted test images; NAME/SEVERITY corrupts here.
+            jpeg_compression: the hub's corrupted test images; NAME/SEVERITY corrupts here, the images to
+            adapt on too.
         codec: Stored form of the task vectors: fp32 (default), bf16, fp16.
         expect: A YAML file of other premises: accuracy, images, activation, transform, tolerance.
         waive: Tasks whose premises need not hold; the report says so.
         gate: --gate.tolerance POINTS by which an expert may miss its accuracy; default: 1.
         data: Settings of the images: --data.batch_size 32, --data.holdout 0.
-        trainer: Settings of the rows that learn: --trainer.max_steps 100, --trainer.accelerator gpu.
+        trainer: Settings of the rows of configs/methods: --trainer.accelerator gpu; numbers of steps,
+            such as --trainer.max_steps 100, are those of rows that learn.
     """
     if action != "run":
         raise InputError(f"there is no action {action!r}.", "Write: adamerge bench run BENCHMARK")
@@ -79,7 +87,6 @@ def bench(
     given = {name: value for name, value in given.items() if value is not None}
     names = [name for item in methods or () for name in item.split(",")]
     names = names or ["zero_shot", "individual", *sorted(METHODS), *oracles()]
-    settings = [f"--trainer.{name}={value}" for name, value in (trainer or {}).items()]
     definition = define(benchmark, **given) if benchmark in defined() else None
     if definition is None and given:
         raise InputError(
@@ -87,21 +94,29 @@ def bench(
         )
     source = definition.document if definition else _file(benchmark)
     name = definition.folder if definition else Path(benchmark).stem
-    table = Benchmark(source, Path(out) if out else Path("runs") / "bench" / name, settings=data)
-    if definition:
-        table.premises = definition.premises
+    table = Benchmark(
+        source,
+        Path(out) if out else Path("runs") / "bench" / name,
+        definition.premises if definition else None,
+        data,
+    )
     table.premises = _stated(table.premises, expect, waive, gate)
-    if corruption:
-        table.premises = _pass_clean(define(benchmark, **{**given, "corruption": ""}), table)
-    rows = table.run(names, dict.fromkeys(names, settings))
-    rows += definition.published() if definition else []
+    clean = define(benchmark, **{**given, "corruption": ""}) if corruption else None
+    told = _pass_clean(clean, table, data) if clean else []
+    rows = table.run(names, {name: _settings(name, trainer or {}) for name in names})
+    table.waived = [*told, *table.waived]
+    _write(table, rows, name, definition)
+    return 0
+
+
+def _write(table: Benchmark, rows: list[ResultRow], name: str, definition: Definition | None) -> None:
+    """Write table, picture and report, with what was published."""
+    rows = rows + (definition.published() if definition else [])
     title = f"{definition.title if definition else name}: top-1 accuracy, %"
     table.write(rows, title)
-    write_text(
-        table.out / "report.md", write_report(table, rows, title, definition.choices if definition else ())
-    )
+    report = write_report(table, rows, title, definition.choices if definition else ())
+    write_text(table.out / "report.md", report)
     console.print(f"Table, picture and report are in {table.out}.")
-    return 0
 
 
 def _file(benchmark: str) -> Path:
@@ -128,7 +143,25 @@ def _stated(
     return replace(premises, waived=waived, **(gate or {}))
 
 
-def _pass_clean(clean: Definition, table: Benchmark) -> Premises:
-    """Let the experts pass the gate on clean images; of corrupted ones their accuracy is not known."""
-    Benchmark(clean.document, table.out / "clean", table.premises).pass_gate()
-    return replace(table.premises, accuracy={})
+def _settings(method: str, trainer: Mapping[str, Any]) -> list[str]:
+    """Write the trainer's settings as arguments, without numbers of steps where there is nothing to learn."""
+    file = configs() / "methods" / f"{method}.yaml"
+    learns = file.exists() and yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    kept = {name: value for name, value in trainer.items() if learns or not name.startswith(_LIMITS)}
+    return [f"--trainer.{name}={value}" for name, value in kept.items()]
+
+
+def _pass_clean(clean: Definition, table: Benchmark, data: Mapping[str, Any] | None) -> list[str]:
+    """Let the experts pass the gate on clean images; of corrupted ones their accuracy is not known.
+
+    Returns:
+        What the report says of it.
+    """
+    checked = Benchmark(clean.document, table.out / "clean", table.premises, data)
+    checked.pass_gate()
+    table.premises = replace(table.premises, accuracy={})
+    passed = "experts passed the gate on clean images" + (
+        ", but for what is waived" if checked.waived else ""
+    )
+    told = [passed] if checked.premises.accuracy else []
+    return [*told, *(f"on clean images: {line}" for line in checked.waived)]

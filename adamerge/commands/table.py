@@ -14,20 +14,21 @@ from adamerge.results import ResultRow, make_row, print_table, read_row, write_t
 def table(runs: list[str], *, out: str | None = None, mixed: bool = False) -> int:
     """Join the rows of finished runs and benchmark tables to one table.
 
-    All rows must be of the same tasks and the same test images.
+    All rows must be of the same tasks, test images and base. They are normalised by the accuracies of their
+    own experts, where a row has these.
 
     Args:
         runs: Folders of `adamerge fit` (with result.json) or of `adamerge bench run` (with results.json).
         out: Folder of the table as Markdown, CSV, JSON and a picture; default: it is printed only.
-        mixed: Join rows of other tasks or test images all the same; a note at each says so.
+        mixed: Join rows of other tasks, test images or bases all the same; a note at each says so.
     """
     found = [(folder, row) for folder in runs for row in _rows(Path(folder))]
     rows = _distinct([*_compared(found, mixed=mixed)])
-    individual = next((row.accuracy for row in rows if row.label == "individual"), None)
+    bounds = [row for row in rows if row.method.partition(" #")[0] == "individual" and not row.source]
     for row in rows:
-        means = make_row(row.method, row.accuracy, individual, unseen=row.unseen)
         if row.normalized_mean is None and not row.source:
-            row.normalized_mean = means.normalized_mean
+            own = next((bound.accuracy for bound in bounds if _experts(bound) >= _experts(row)), None)
+            row.normalized_mean = make_row(row.method, row.accuracy, own, unseen=row.unseen).normalized_mean
     if out:
         write_table(Path(out), rows)
         save_picture(Path(out) / "accuracy.png", lambda: accuracy_bars(rows))
@@ -60,7 +61,7 @@ def _compared(found: list[tuple[str, ResultRow]], *, mixed: bool) -> Iterator[Re
     """Give the rows, each compared with the first that was computed here.
 
     Raises:
-        InputError: A row is of other tasks or test images, and ``mixed`` is false.
+        InputError: A row is of other tasks, test images or another base, and ``mixed`` is false.
     """
     first = next(((f, row) for f, row in found if not row.source), None)
     families = {json.dumps(row.details, sort_keys=True) for _, row in found if row.source}
@@ -85,7 +86,14 @@ def _difference(first: ResultRow, row: ResultRow) -> str:
         ours, theirs = (r.provenance.get("data", {}).get(f"{task} test") for r in (first, row))
         if task in first.accuracy and (ours is None or ours != theirs):
             return f"other test images of {task!r}"
-    return ""
+    bases = {row.provenance.get("weights", {}).get("base") for row in (first, row)}
+    return "" if len(bases) == 1 else "another base"
+
+
+def _experts(row: ResultRow) -> set[tuple[str, str | None]]:
+    """Give the tasks and digests of the experts that a row's accuracies are of."""
+    weights = row.provenance.get("weights", {})
+    return {(task, weights.get(task)) for task in row.accuracy if task not in row.unseen}
 
 
 def _distinct(rows: list[ResultRow]) -> list[ResultRow]:

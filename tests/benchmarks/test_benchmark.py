@@ -3,20 +3,24 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import yaml
 from builders import write_benchmark
 from conftest import TASKS
+from safetensors.torch import save_file
 
 from adamerge import merge, open_checkpoint
-from adamerge.benchmarks import Benchmark, configs
+from adamerge.benchmarks import Benchmark, configs, expert_statistics
 from adamerge.benchmarks import run as benchmark_module
 from adamerge.commands import runs
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.fitting import locate, run
+from adamerge.models import Head
 
 METHODS = ("zero_shot", "individual", "average", "adamerging_task_wise", "adamerging_layer_wise")
 SHORT = dict.fromkeys(METHODS, ("--trainer.max_steps", "3"))
@@ -35,10 +39,10 @@ def test_rows_are_what_their_methods_say(tiny: Benchmark, tmp_path: Path) -> Non
         assert row.mean == pytest.approx(sum(row.accuracy.values()) / len(TASKS))
         if all(individual.values()):
             assert row.normalized_mean is not None
-    average = merge(tiny._vectors, "average")
-    assert rows["average"].accuracy == tiny._evaluate(lambda _: tiny._read(average)).known
-    base = tiny._vectors.base_state()
-    assert rows["zero_shot"].accuracy == tiny._evaluate(lambda _: tiny._read(base)).known
+    average = merge(tiny.models.vectors, "average")
+    assert rows["average"].accuracy == tiny.models.accuracy(lambda _: tiny.models.read(average)).known
+    base = tiny.models.vectors.base_state()
+    assert rows["zero_shot"].accuracy == tiny.models.accuracy(lambda _: tiny.models.read(base)).known
 
 
 def test_the_task_unknown_is_a_column_and_a_table_of_its_own(tiny: Benchmark) -> None:
@@ -72,7 +76,7 @@ def test_an_interrupted_table_continues_where_it_stopped(
     monkeypatch.setattr(benchmark_module, "run", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         tiny.run(METHODS, SHORT)
-    monkeypatch.setattr(tiny, "_static", lambda _: pytest.fail("static rows were finished"))
+    monkeypatch.setattr(tiny.models, "evaluate", lambda _: pytest.fail("static rows were finished"))
     rows = tiny.run(METHODS, SHORT)
     assert len(rows) == len(METHODS)
     assert [Path(call).name for call in calls] == [METHODS[3], METHODS[4], METHODS[4]]
@@ -98,6 +102,59 @@ def test_a_row_of_other_options_is_computed_anew(tiny: Benchmark) -> None:
     for steps in ("3", "2"):
         tiny.run(["adamerging_layer_wise"], {"adamerging_layer_wise": ("--trainer.max_steps", steps)})
         assert (folder / "curves.csv").read_text().splitlines()[-1].startswith(f"{steps},")
+
+
+def test_rows_of_changed_images_labels_or_heads_are_computed_anew(
+    clip: Path, pictures: Path, rows: dict, tmp_path: Path
+) -> None:
+    test, head = tmp_path / "test", tmp_path / "head.safetensors"
+    shutil.copytree(pictures / "dots" / "test", test)
+    save_file({"weight": torch.eye(2, 12)}, head)
+    rows["dots"] |= {"test": str(test), "head": str(head)}
+    file = write_benchmark(tmp_path, clip, rows)
+
+    def computed() -> dict[Path, float]:
+        table = Benchmark(file, tmp_path / "out")
+        table.run(["individual", "average"])
+        return {path: path.stat().st_mtime_ns for path in table.out.rglob("result.json")}
+
+    found = [computed()]
+    assert computed() == found[0]
+    for change in (
+        lambda: shutil.copy(test / "0_one" / "2.png", test / "0_one" / "0.png"),
+        lambda: (test / "0_one" / "8.png").rename(test / "1_two" / "0.png"),  # images keep their order
+        lambda: save_file({"weight": -torch.eye(2, 12)}, head),
+    ):
+        change()
+        found.append(computed())
+        assert not found[-1].items() & found[-2].items()
+
+
+def test_static_rows_name_the_images_that_they_depend_on(tiny: Benchmark) -> None:
+    average, fisher = tiny.run(["average", "fisher"])
+    tests = {f"{task} test" for task in TASKS}
+    assert set(average.provenance["data"]) == tests
+    assert set(fisher.provenance["data"]) == tests | {f"{task} adaptation" for task in TASKS}
+
+
+def test_images_of_a_task_without_expert_are_not_adapted_on(clip: Path, rows: dict, tmp_path: Path) -> None:
+    document = yaml.safe_load(write_benchmark(tmp_path, clip, rows).read_text())
+    document["model"]["experts"].pop("dots")
+    with pytest.raises(InputError, match="'?dots'? would be adapted on.\nRemove data.tasks.TASK.adapt"):
+        Benchmark(document, tmp_path / "out")
+    document["data"]["tasks"]["dots"].pop("adapt")
+    assert Benchmark(document, tmp_path / "out").unseen == ["dots"]
+
+
+def test_fisher_diagonals_are_of_their_heads(tiny: Benchmark) -> None:
+    def measured(heads: dict[str, Head]) -> torch.Tensor:
+        opened = tiny.models.vectors, tiny.models.backbone, heads, tiny.data, tiny.models.digests
+        return expert_statistics(*opened, samples=2, cache=tiny.out)["fisher"]("visual.proj", {})
+
+    doubled = {task: replace(head, weight=2 * head.weight) for task, head in tiny.models.heads.items()}
+    before = measured(tiny.models.heads)
+    assert not torch.equal(measured(doubled), before)
+    assert torch.equal(measured(tiny.models.heads), before)
 
 
 def test_the_demo_leaves_other_folders_alone(tmp_path: Path) -> None:

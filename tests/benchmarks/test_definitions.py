@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adamerge.benchmarks import define, defined, published_rows
-from adamerge.benchmarks.clip import _facts, _tasks
+from adamerge.benchmarks.clip import AdaptSplit, _facts, _tasks
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
@@ -81,6 +81,21 @@ def test_corruptions_are_the_hubs_splits_or_computed_here() -> None:
     assert (here["corruption"], here["test"]) == ("spatter/3", "ylecun/mnist@test")
     with pytest.raises(InputError, match="the hub has no spatter images of sun397.\nCorrupt them here"):
         define("clip8", corruption="spatter")
+
+
+@pytest.mark.parametrize(
+    ("corruption", "adapt_split", "told"),
+    [
+        ("spatter", "train", "(the hub's own split): test images only; images to adapt on are clean"),
+        ("spatter", "test", "(the hub's own split): test images and images to adapt on"),
+        ("spatter/3", "train", "(computed here): test images and images to adapt on"),
+    ],
+)
+def test_the_choices_tell_which_images_are_corrupted(
+    corruption: str, adapt_split: AdaptSplit, told: str
+) -> None:
+    found = define("clip4", corruption=corruption, adapt_split=adapt_split)
+    assert found.choices[-1] == f"corruption {corruption} {told}"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 from adamerge.benchmarks import Benchmark, Premises
 from adamerge.benchmarks.gate import Finding, check_accuracy, check_backbone, judge
+from adamerge.benchmarks.opened import Models
 from adamerge.cli import main
 from adamerge.errors import DataError, InputError
 from adamerge.models import ModuleBackbone
@@ -50,7 +51,7 @@ def test_the_gate_computes_the_individual_row_once(
     benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gate(benchmark, reached(benchmark, tmp_path / "table"))
-    monkeypatch.setattr(Benchmark, "_static", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Models, "evaluate", lambda *_: pytest.fail("computed again"))
     assert Benchmark(benchmark, tmp_path / "table").run(["individual"])[0].accuracy
 
 
@@ -60,6 +61,7 @@ def test_the_gate_computes_the_individual_row_once(
         (["--waive", "dot"], "Did you mean 'dots'?"),
         (["--gate.tolerence", "2"], "--gate.tolerence is unknown"),
         (["--expect", "nowhere.yaml"], "--expect nowhere.yaml cannot be read"),
+        (["--data.batchsize", "2"], "--data.batchsize is unknown.\nDid you mean 'batch_size'"),
         (["--backbone", "ViT-B-32"], "--backbone is an option of the CLIP benchmarks"),
     ],
 )
@@ -88,9 +90,60 @@ def test_a_file_of_premises_has_known_keys(tmp_path: Path) -> None:
         found.expecting(file)
 
 
+CLIP = {"size": 224, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+def test_a_part_of_the_preprocessing_may_be_stated(tmp_path: Path) -> None:
+    file = tmp_path / "expect.yaml"
+    file.write_text("transform: {size: 32}")
+    assert Premises(transform=CLIP).expecting(file).transform == CLIP | {"size": 32}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("transform: {size: 32}", "transform lacks interpolation, mean, std"),
+        ("transform: {sise: 32}", "unknown key 'sise'.\nDid you mean 'size'"),
+        ("transform: {interpolation: cubic}", "interpolation 'cubic' is unknown.\nDid you mean 'bicubic'"),
+        ("transform: {size: [32, 32]}", r"transform has size \[32, 32\]"),
+        ("transform: {mean: 0.5}", "transform has mean 0.5"),
+        ("transform: bicubic", "cannot be read"),
+        ("images: {dots: many}", "cannot be read"),
+        ("waived: [dots]", "unknown key 'waived'"),
+    ],
+)
+def test_wrong_files_of_premises(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "expect.yaml"
+    file.write_text(text)
+    ours = Premises() if "lacks" in message else Premises(transform=CLIP)
+    with pytest.raises(InputError, match=message):
+        ours.expecting(file)
+
+
+@pytest.mark.parametrize("part", ["accuracy: {dot: 50}", "images: {dot: 9}"])
+def test_a_file_of_premises_names_known_tasks(
+    part: str, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "expect.yaml").write_text(part)
+    more = ["--methods", "average", "--out", str(tmp_path / "out"), "--expect", str(tmp_path / "expect.yaml")]
+    assert main(["bench", "run", str(benchmark), *more]) == 2
+    assert "the gate names task 'dot', and there is none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("value", "is_stopped"), [(50.0, False), (51.0, False), (51.1, True), (48.9, True)])
 def test_an_expert_may_miss_its_accuracy_by_the_tolerance(value: float, is_stopped: bool) -> None:
     assert bool(check_accuracy(Premises(accuracy={"dots": 50.0}), {"dots": value})) == is_stopped
+
+
+def test_an_accuracy_that_was_not_measured_is_found() -> None:
+    [finding] = check_accuracy(Premises(accuracy={"dots": 50.0}), {"bars": 50.0})
+    assert finding.task == "dots"
+    assert finding.problem.startswith("accuracy was not measured")
+
+
+def test_an_activation_stated_alone_is_looked_at(benchmark: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="model: activation is gelu, the checkpoints need quick_gelu"):
+        Benchmark(benchmark, tmp_path / "out", Premises(activation="quick_gelu")).run(["average"])
 
 
 def test_all_failures_come_in_one_message_and_tell_whose_they_are() -> None:

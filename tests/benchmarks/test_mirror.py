@@ -12,7 +12,9 @@ from builders import method
 from datasets import ClassLabel, Dataset
 from hub_mirror import CORRUPTED, N_TEST, TASKS, expert_id, write_mirror
 
+from adamerge.benchmarks import Benchmark, Premises, define
 from adamerge.cli import main
+from adamerge.errors import InputError
 
 METHODS = "zero_shot,individual,task_arithmetic,regmean,adamerging_layer_wise"
 REACHED = 87.5
@@ -32,7 +34,7 @@ def other(mirror: Path, tmp_path: Path) -> Path:
 
 
 def bench(mirror: Path, out: Path, *more: str, name: str = "clip8", methods: str = "task_arithmetic") -> int:
-    given = ["--mirror", str(mirror), "--expect", str(mirror / "expect.yaml"), "--methods", methods]
+    given = ["--mirror", str(mirror), "--expect", str(mirror / f"expect-{name}.yaml"), "--methods", methods]
     return main(["bench", "run", name, *given, "--out", str(out), "--trainer.max_steps", "2", *more])
 
 
@@ -234,3 +236,25 @@ def test_corrupted_images_are_the_hubs_own_and_experts_pass_on_clean_ones(
     lines = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     [published] = [line for line in lines if line["method"] == "published: Layer-wise AdaMerging"]
     assert (published["eurosat"], published["mean"]) == ("53.3", "71.4")
+    report = (tmp_path / "report.md").read_text()
+    assert "- experts passed the gate on clean images\n" in report
+    assert (
+        f"- corruption {CORRUPTED} (the hub's own split): test images only; images to adapt on are" in report
+    )
+
+
+def test_a_waiver_of_the_gate_on_clean_images_is_told(other: Path, tmp_path: Path) -> None:
+    change(other, "expect-clip4.yaml", "cars: 87.5", "cars: 99.0")
+    assert bench(other, tmp_path / "out", "--corruption", CORRUPTED, "--waive", "cars", name="clip4") == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- experts passed the gate on clean images, but for what is waived\n" in report
+    assert "- on clean images: waived, cars: the expert reaches 87.50 %, 99.00 % is expected" in report
+
+
+def test_a_transform_stated_alone_is_looked_at(mirror: Path, tmp_path: Path) -> None:
+    definition = define("clip4", mirror=str(mirror))
+    premises = Premises(
+        transform={**(definition.premises.transform or {}), "size": 32, "mean": [0.5, 0.5, 0.5]}
+    )
+    with pytest.raises(InputError, match=r"model: mean of pixels is .*, the checkpoints need \[0.5"):
+        Benchmark(definition.document, tmp_path, premises).run(["average"])

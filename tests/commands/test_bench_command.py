@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from builders import write_benchmark
 from conftest import TASKS
 from safetensors.torch import load_file
@@ -36,6 +37,7 @@ def test_one_table_of_bounds_methods_and_oracles(benchmark: Path, tmp_path: Path
         (["walk", "embedded"], "there is no action 'walk'"),
         (["run", "embeded"], "Did you mean 'embedded'?"),
         (["run", "embedded", "--methods", "averag"], "Did you mean 'average'?"),
+        (["run", "clip8", "--data.foo", "3"], "adamerge: --data.foo is unknown.\nKnown: batch_size,"),
     ],
 )
 def test_wrong_names(
@@ -43,6 +45,15 @@ def test_wrong_names(
 ) -> None:
     assert main(["bench", *given, "--out", str(tmp_path / "table")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_of_steps_are_of_the_rows_that_learn(benchmark: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "table", ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    names = "smile,adamerging_task_wise"
+    assert main(["bench", "run", str(benchmark), "--methods", names, "--out", str(out), *more]) == 0
+    for name, steps in (("smile", 0), ("adamerging_task_wise", 2)):
+        trainer = yaml.safe_load((out / "methods" / name / "config.yaml").read_text())["trainer"]
+        assert (trainer["max_steps"], trainer["accelerator"]) == (steps, "cpu")
 
 
 @pytest.mark.parametrize("method", ["regmean", "fisher"])

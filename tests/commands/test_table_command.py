@@ -11,8 +11,9 @@ from adamerge.results import make_row, write_row, write_table
 TASKS = {"cars": 60.0, "dots": 80.0}
 
 
-def provenance(**data: str) -> dict:
-    return {"data": {f"{task} test": digest for task, digest in data.items()}}
+def provenance(base: str = "base", expert: str = "expert", **data: str) -> dict:
+    weights = {"base": base, **dict.fromkeys(TASKS, expert)}
+    return {"weights": weights, "data": {f"{task} test": digest for task, digest in data.items()}}
 
 
 OURS = provenance(cars="a", dots="b")
@@ -30,6 +31,9 @@ def runs(tmp_path: Path) -> Path:
     other = make_row("mine", TASKS, provenance=provenance(cars="a", dots="c"))
     write_row(tmp_path / "images" / "result.json", other)
     write_row(tmp_path / "tasks" / "result.json", make_row("mine", {"cars": 60.0}, provenance=OURS))
+    for part in ("base", "expert"):
+        row = make_row("mine", TASKS, provenance=provenance(cars="a", dots="b", **{part: "another"}))
+        write_row(tmp_path / part / "result.json", row)
     write_row(tmp_path / "nothing" / "result.json", make_row("mine", TASKS))
     return tmp_path
 
@@ -48,6 +52,20 @@ def test_rows_of_the_same_images_are_joined_and_normalised(runs: Path) -> None:
     assert (runs / "out" / "accuracy.png").exists()
 
 
+def test_a_row_is_normalised_by_its_own_experts_alone(runs: Path) -> None:
+    individual = make_row("individual", {"cars": 60.0, "dots": 100.0})
+    individual.provenance = provenance(cars="a", dots="b", expert="another")
+    assert joined(runs, "table", "expert")[-1]["normalized_mean"] is None
+    write_row(runs / "own" / "result.json", individual)
+    assert joined(runs, "table", "expert", "own")[2]["normalized_mean"] == pytest.approx((100 + 80) / 2)
+
+
+def test_the_table_may_replace_one_of_its_runs(runs: Path) -> None:
+    given = [str(runs / "table"), str(runs / "same")]
+    assert main(["table", *given, "--out", given[0]]) == 0
+    assert len(json.loads((runs / "table" / "results.json").read_text())["rows"]) == 3
+
+
 def test_a_row_that_comes_twice_stands_once(runs: Path) -> None:
     assert len(joined(runs, "same", "table", "same", "table")) == 3
 
@@ -57,6 +75,7 @@ def test_a_row_that_comes_twice_stands_once(runs: Path) -> None:
     [
         ("images", "other test images of 'dots'"),
         ("tasks", "other tasks: dots"),
+        ("base", "another base"),
         ("nothing", "other test images of 'cars'"),
     ],
 )
