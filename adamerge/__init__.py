@@ -21,9 +21,13 @@ if TYPE_CHECKING:
         zero_shot_heads,
     )
     from adamerge.objectives import (
+        Balanced,
+        Consistency,
         Entropy,
+        FeatureMatching,
         KLTeacher,
         Mixed,
+        Prior,
         ReliableEntropy,
         RoutingEntropy,
         SharpnessAware,
@@ -37,7 +41,10 @@ __version__ = "0.1.0"
 
 # A name is imported when it is first used: `import adamerge` and `adamerge --help` stay instant.
 _HOME = {
+    "Balanced": "objectives",
+    "Consistency": "objectives",
     "Entropy": "objectives",
+    "FeatureMatching": "objectives",
     "Head": "models",
     "InputError": "errors",
     "KLTeacher": "objectives",
@@ -50,6 +57,7 @@ _HOME = {
     "MultiTaskData": "data.module",
     "OpenClipBackbone": "models",
     "Oracle": "coefficients",
+    "Prior": "objectives",
     "ReliableEntropy": "objectives",
     "Router": "coefficients",
     "RoutingEntropy": "objectives",
@@ -75,7 +83,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Balanced",
+    "Consistency",
     "Entropy",
+    "FeatureMatching",
     "Head",
     "InputError",
     "KLTeacher",
@@ -88,6 +99,7 @@ __all__ = [
     "MultiTaskData",
     "OpenClipBackbone",
     "Oracle",
+    "Prior",
     "ReliableEntropy",
     "Router",
     "RoutingEntropy",

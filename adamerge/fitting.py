@@ -204,7 +204,16 @@ _CLASS_NAMES = (
         f"adamerge.{name}"
         for name in (
             *("Learned", "Router", "Oracle", "Uniform", "Subspace"),
-            *("Entropy", "ReliableEntropy", "KLTeacher", "TaskIdentity", "Mixed", "SharpnessAware"),
+            *(
+                "Entropy",
+                "ReliableEntropy",
+                "Balanced",
+                "KLTeacher",
+                "FeatureMatching",
+                "Consistency",
+                "Prior",
+            ),
+            *("RoutingEntropy", "TaskIdentity", "Mixed", "SharpnessAware"),
         )
     ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),

@@ -57,8 +57,8 @@ class MergeTask(pl.LightningModule):
             wherever it is evaluated or written; 0: they are merged like weights.
 
     Raises:
-        InputError: A task has no head, the objective needs a router, or a routed model is to be
-            recalibrated.
+        InputError: A task has no head, the objective needs a router or reads no images, or a routed model
+            is to be recalibrated.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class MergeTask(pl.LightningModule):
         self.objective.build(vectors.tasks)
         self.recalibrate = recalibrate
         self._router_step = self._build_coefficients()
+        self.objective.start_at(list(self.coefficients.parameters()))
         self.make_optimizer = optimizer
         self.images_per_pass = images_per_pass
         self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
@@ -100,13 +101,15 @@ class MergeTask(pl.LightningModule):
 
     def _build_coefficients(self) -> RouterStep | None:
         """Let the coefficients meet tasks and tensors; those per input need a model of their own."""
+        name = type(self.objective).__name__
+        if self.objective.reads == "coefficients":
+            raise InputError(f"{name} alone moves nothing.", "Add an objective of images: adamerge.Mixed.")
         if isinstance(self.coefficients, Routing):
             if self.recalibrate:
                 raise InputError("recalibrate is of no use to a router: inputs differ.", "Leave it out.")
             mixture = Mixture(self.vectors, self.backbone, self.heads, self.coefficients)
             return RouterStep(mixture, self.objective)
         if self.objective.needs_router:
-            name = type(self.objective).__name__
             raise InputError(f"{name} needs a router.", "Use coefficients such as adamerge.Router.")
         self.coefficients.build(self.vectors.tasks, self.vectors.names)
         return None
@@ -158,6 +161,11 @@ class MergeTask(pl.LightningModule):
         return self._walk(lambda batch: self.logits(weights, task, batch), images)
 
     @torch.no_grad()
+    def expert_features(self, task: str, images: Images) -> Float[Tensor, "image dim"]:
+        """Give the features of a task's own expert, on the CPU, in fp32 without autocast."""
+        return self._walk(partial(self.backbone.features, self._expert_weights(task)), images)
+
+    @torch.no_grad()
     def merged_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
         """Give the merged model's logits, on the CPU, in fp32 without autocast."""
         return self._walk(self._classifier(task), images)
@@ -202,8 +210,8 @@ class MergeTask(pl.LightningModule):
         """Take a staged step: merge once, one backward per pass, one projection.
 
         Returns:
-            A scalar whose value is the sum of the tasks' losses and whose gradient with respect to the
-            coefficients is the staged one.
+            A scalar whose value is the sum of the tasks' losses, and of what the coefficients themselves
+            cost; its gradient with respect to the coefficients is the staged one.
 
         Raises:
             NumericError: A loss or the gradient is not finite; the last good coefficients are back.
@@ -219,6 +227,8 @@ class MergeTask(pl.LightningModule):
             require_finite_step(self.global_step, self.losses, gradient, self.vectors.tasks)
         self._last_good.accept()
         self._log_losses()
+        penalty = self.objective.penalty(list(self.coefficients.parameters()))
+        total = total if penalty is None else total + penalty
         return surrogate * self._world_size() + total  # DDP averages gradients; the loss is a sum
 
     def _static_step(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
@@ -279,8 +289,12 @@ class MergeTask(pl.LightningModule):
 
     def _pass(self, tasks: Sequence[str], batch: Batch) -> Callable[[State], Tensor]:
         def loss_of(leaves: State) -> Tensor:
-            features = self.backbone.features({**leaves, **self._fixed}, joined_images(tasks, batch))
+            images, n_views = joined_images(tasks, batch), 1 + self.objective.augments
+            if n_views == 2:
+                images = torch.cat([images, joined_images(tasks, self._second_views(tasks, batch))])
+            features, *more = self.backbone.features({**leaves, **self._fixed}, images).chunk(n_views)
             model: dict[str, Any] = {"heads": self.heads, "objective": self.objective}
+            model |= {"augmented": more[0]} if more else {}
             found = task_losses(features, tasks, batch, teacher=self._teacher, **model)
             # Tensors until `_gathered` reads all at once.
             self.losses |= {task: loss.detach() for task, loss in found.items()}
@@ -288,6 +302,10 @@ class MergeTask(pl.LightningModule):
             return torch.stack(list(found.values())).sum() if found else none
 
         return loss_of
+
+    def _second_views(self, tasks: Sequence[str], batch: Batch) -> Batch:
+        step, make = self.global_step, self.objective.second_view
+        return {task: {"images": make(batch[task]["images"], task, step)} for task in tasks}
 
     def _gathered(self, losses: Mapping[str, Any]) -> dict[str, float]:
         """Read the losses from the device in one go, and join them with other processes'."""
@@ -437,9 +455,9 @@ class MergeTask(pl.LightningModule):
             for task in track(self.data.tasks_here(), "Caching what the router reads"):
                 self._router_step.prepare(task, self.data.loader(self.data.adaptation(task)))
         if self.objective.needs_teacher:
-            for task in track(self.data.tasks_here(), "Caching the experts' predictions"):
-                logits = self.expert_logits(task, self.data.adaptation(task))
-                self._teacher[task] = self._on_device(logits)
+            for task in track(self.data.tasks_here(), "Caching the experts' features"):
+                found = self.expert_features(task, self.data.adaptation(task))
+                self._teacher[task] = self._on_device(found)
 
     def on_fit_end(self) -> None:
         """From now on a router gives each sample its mixture, whatever is beside it."""

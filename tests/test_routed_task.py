@@ -87,7 +87,7 @@ def example(clip: Path, codec: str) -> MergeTask:
 def teachers(clip: Path) -> dict[str, Tensor]:
     task = example(clip, "fp32")
     images = memory_data()._loaded
-    return {t: torch.randn(40, len(task.heads[t].weight)) for t in TASKS if (t, "adaptation") in images}
+    return {t: torch.randn(40, task.heads[t].weight.shape[1]) for t in TASKS if (t, "adaptation") in images}
 
 
 def routers() -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """Forward passes that several tasks share, and the losses that follow from their features."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.models import Head
-from adamerge.objectives import Mixed, Objective
+from adamerge.objectives import Objective
 
 Batch = Mapping[str, Mapping[str, Tensor]]
 
@@ -46,6 +45,7 @@ def task_losses(
     objective: Objective,
     teacher: Mapping[str, Tensor],
     routing: Float[Tensor, "image task"] | None = None,
+    augmented: Float[Tensor, "image dim"] | None = None,
 ) -> dict[str, Tensor]:
     """Give the loss of every task of a pass that is worth a step.
 
@@ -55,16 +55,26 @@ def task_losses(
         batch: With the images' indices, where there are teachers.
         heads: Frozen heads.
         objective: What is minimised.
-        teacher: The experts' logits of all images, by task; may be empty.
-        routing: A router's logits of the same images, for objectives that are a sum.
+        teacher: The experts' features of all images, by task; may be empty.
+        routing: A router's logits of the same images, for objectives that read them.
+        augmented: Features of the images' second view, for objectives that augment.
     """
     sizes = [len(batch[task]["images"]) for task in tasks]
-    routings = [None] * len(tasks) if routing is None else routing.split(sizes)
+    more = {"routing": routing, "augmented": augmented}
+    parts = [{k: x.split(sizes)[i] for k, x in more.items() if x is not None} for i in range(len(tasks))]
     found: dict[str, Tensor] = {}
-    for task, part, scores in zip(tasks, features.split(sizes), routings, strict=True):
+    for task, part, seen in zip(tasks, features.split(sizes), parts, strict=True):
         known = teacher[task][batch[task]["index"]] if task in teacher else None
-        more: dict[str, Any] = {"routing": scores} if isinstance(objective, Mixed) else {}
-        loss = objective(heads[task].logits(part), task, known, **more)
+        ours, theirs = ({} if x is None else _views(heads[task], x) for x in (part, known))
+        if "augmented" in seen:
+            seen["augmented"] = heads[task].logits(seen["augmented"])
+            theirs["augmented"] = ours["prediction"].detach()
+        loss = objective.loss(seen | ours, task, theirs)
         if loss is not None:
             found[task] = loss
     return found
+
+
+def _views(head: Head, features: Float[Tensor, "image dim"]) -> dict[str, Tensor]:
+    """Give what an objective may read of a model, by its name."""
+    return {"features": features, "prediction": head.logits(features)}

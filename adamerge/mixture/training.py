@@ -40,7 +40,7 @@ class RouterStep:
 
     Raises:
         InputError: The routing has gates inside the model, and the objective reads a router's logits alone,
-            or those gates normalise over their batch, which is only a pass.
+            or those gates normalise over their batch, which is only a pass; or the objective augments.
     """
 
     def __init__(self, mixture: Mixture, objective: Objective) -> None:
@@ -51,6 +51,9 @@ class RouterStep:
                 f"{type(objective).__name__} reads router logits; this router reads {self.routing.reads}s.",
                 "Add an objective of predictions (adamerge.Mixed), or use a router with reads='input'.",
             )
+        if objective.augments:
+            name = type(objective).__name__
+            raise InputError(f"{name} with a second view of images needs static coefficients.")
         if self.normalises and self.routing.reads != "input":
             raise InputError(
                 f"this router reads {self.routing.reads}s and normalises over the images of a pass alone.",
@@ -78,7 +81,7 @@ class RouterStep:
         Args:
             batch: Images of each task, and their indices among the images of `prepare`.
             passes: Tasks that share a forward pass.
-            teacher: The experts' logits of those images, by task.
+            teacher: The experts' features of those images, by task.
             scale: Factor of the loss during the backward passes (fp16 under autocast).
         """
         logits = self._logits(batch)

@@ -1,18 +1,25 @@
 """Objectives: what makes coefficients better, without labels."""
 
+from adamerge.objectives.balanced import Balanced
 from adamerge.objectives.base import Objective, entropy_of
+from adamerge.objectives.consistency import Consistency
 from adamerge.objectives.entropy import Entropy
-from adamerge.objectives.matching import KLTeacher
+from adamerge.objectives.matching import FeatureMatching, KLTeacher
 from adamerge.objectives.mixed import Mixed
+from adamerge.objectives.prior import Prior
 from adamerge.objectives.reliable import ReliableEntropy
 from adamerge.objectives.routing import RoutingEntropy, TaskIdentity
 from adamerge.objectives.sharpness import SharpnessAware
 
 __all__ = [
+    "Balanced",
+    "Consistency",
     "Entropy",
+    "FeatureMatching",
     "KLTeacher",
     "Mixed",
     "Objective",
+    "Prior",
     "ReliableEntropy",
     "RoutingEntropy",
     "SharpnessAware",

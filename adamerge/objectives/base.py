@@ -1,14 +1,18 @@
 """What any objective offers to the trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from adamerge.errors import InputError
+
 Logits = Float[Tensor, "image class"]
 Loss = Float[Tensor, ""]
+Reads = Literal["prediction", "features", "augmented", "routing", "coefficients"]
+Memory = dict[str, Any]  # by task: a float, or a list of floats and lists
 
 
 def entropy_of(logits: Float[Tensor, "image class"]) -> Float[Tensor, " image"]:
@@ -18,15 +22,16 @@ def entropy_of(logits: Float[Tensor, "image class"]) -> Float[Tensor, " image"]:
 
 
 class Objective(nn.Module, ABC):
-    """A scalar to minimise, from the logits of one task's images.
+    """A scalar to minimise, from what the model says of one task's images.
 
     Attributes:
-        reads: Whose logits `forward` reads: the merged model's "prediction" or the router's ("routing",
-            one per expert).
-        needs_teacher: Whether `forward` reads the expert's logits of the same images.
+        reads: What `forward` reads: the merged model's logits ("prediction") or "features"; its logits of
+            the `second_view`, and as a teacher's those of the first ("augmented"); the router's logits
+            ("routing", one per expert); "coefficients": nothing, all is in `penalty`.
+        needs_teacher: Whether `forward` reads the same of the task's own expert.
     """
 
-    reads: Literal["prediction", "routing"] = "prediction"
+    reads: Reads = "prediction"
     needs_teacher = False
 
     @property
@@ -41,6 +46,43 @@ class Objective(nn.Module, ABC):
     def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss | None:
         """Give the loss of one task's images, or None where they are not worth a step."""
 
+    @property
+    def augments(self) -> bool:
+        """Whether images are needed in a second view."""
+        return self.reads == "augmented"
+
+    def second_view(self, images: Tensor, task: str, step: int) -> Tensor:
+        """Give the other view of a task's images, a function of its arguments alone; asked if it augments."""
+        return images
+
+    def loss(
+        self,
+        seen: Mapping[str, Float[Tensor, "image _"]],
+        task: str,
+        teacher: Mapping[str, Float[Tensor, "image _"]],
+    ) -> Loss | None:
+        """Give the loss from all that there is to read, by its name in `reads`.
+
+        Args:
+            seen: Of the merged model and the router.
+            task: Whose images these are.
+            teacher: Of the task's own expert; may be empty.
+
+        Raises:
+            InputError: What this objective reads is not there.
+        """
+        if self.reads not in seen:
+            whose = "a router" if self.needs_router else f"a model's {self.reads}"
+            raise InputError(f"{type(self).__name__} needs {whose}, found {list(seen)}.")
+        return self(seen[self.reads], task, teacher.get(self.reads))
+
+    def start_at(self, parameters: Sequence[Tensor]) -> None:
+        """Meet the parameters of the coefficients, at their initial values."""
+
+    def penalty(self, parameters: Sequence[Tensor]) -> Loss | None:
+        """Give what the parameters themselves cost, once per step and differentiable; None: nothing."""
+        return None
+
     def begin_step(self) -> None:
         """Forget what belongs to the last step; called once before each optimizer step."""
 
@@ -51,9 +93,12 @@ class Objective(nn.Module, ABC):
     def forget(self) -> None:
         """Forget what was remembered of all tasks; called when the coefficients start again."""
 
-    def per_task_state(self) -> dict[str, float]:
-        """Give what the objective remembers of each task, for checkpoints and other processes."""
+    def per_task_state(self) -> Memory:
+        """Give what the objective remembers of each task, for checkpoints and other processes.
+
+        By task: a float, or a list of floats; what is loaded again must be the same bit for bit.
+        """
         return {}
 
-    def load_per_task_state(self, state: dict[str, float]) -> None:
+    def load_per_task_state(self, state: Memory) -> None:
         """Take back what `per_task_state` gave."""

@@ -1,28 +1,28 @@
 """A weighted sum of objectives."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from adamerge.errors import InputError
-from adamerge.objectives.base import Logits, Loss, Objective
+from adamerge.objectives.base import Logits, Loss, Memory, Objective, Reads
 
 
 class Mixed(Objective):
-    """Sum of objectives, each on the logits it reads.
+    """Sum of objectives, each of what it reads.
 
-    It reads predictions, and a router's logits beside them where a part needs those; where all parts read
-    the router, so does the sum.
+    Where all parts that read images read the same, so does the sum; otherwise it counts as one of
+    predictions, and `loss` gives each part its own.
 
     Args:
-        parts: Objectives; at most one that remembers its tasks.
+        parts: Objectives.
         weights: Factor of each part; default: 1.
 
     Raises:
-        InputError: There are no parts, a part is a sum itself or a second one remembers tasks, or the
-            weights are not finite or not as many.
+        InputError: There are no parts, a part is a sum itself, two parts augment images, or the weights
+            are not finite or not as many.
     """
 
     def __init__(self, parts: list[Objective], weights: list[float] | None = None) -> None:
@@ -32,12 +32,12 @@ class Mixed(Objective):
         weights = [1.0] * len(parts) if weights is None else weights
         if len(weights) != len(parts) or not all(map(math.isfinite, weights)):
             raise InputError(f"weights={weights} are not {len(parts)} finite numbers.", "Give one per part.")
-        memory = [type(part).per_task_state is not Objective.per_task_state for part in parts]
-        if sum(memory) > 1:
-            raise InputError("two parts of Mixed remember their tasks.", "Use at most one ReliableEntropy.")
+        if sum(part.augments for part in parts) > 1:
+            raise InputError("two parts of Mixed augment the images.", "Use at most one Consistency.")
         self._parts, self.weights = nn.ModuleList(parts), weights
         self.needs_teacher = any(part.needs_teacher for part in parts)
-        self.reads = "routing" if all(part.reads == "routing" for part in parts) else "prediction"
+        kinds: list[Reads] = [*{part.reads for part in parts if part.reads != "coefficients"}]
+        self.reads = "prediction" if len(kinds) > 1 else kinds[0] if kinds else "coefficients"
 
     @property
     def parts(self) -> list[Objective]:
@@ -49,38 +49,58 @@ class Mixed(Objective):
         """Whether a part reads the router's logits."""
         return any(part.needs_router for part in self.parts)
 
+    @property
+    def augments(self) -> bool:
+        """Whether a part needs a second view."""
+        return any(part.augments for part in self.parts)
+
+    def second_view(self, images: Tensor, task: str, step: int) -> Tensor:
+        """Give the view of the part that needs one."""
+        return next(part for part in self.parts if part.augments).second_view(images, task, step)
+
     def build(self, tasks: Sequence[str]) -> None:
         """Let the parts meet the tasks."""
         for part in self.parts:
             part.build(tasks)
 
-    def forward(
+    def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss | None:
+        """Give the weighted sum of parts that all read the same, or None where none is worth a step.
+
+        Raises:
+            InputError: A part reads something else.
+        """
+        return self.loss({self.reads: logits}, task, {} if teacher is None else {self.reads: teacher})
+
+    def loss(
         self,
-        logits: Logits,
+        seen: Mapping[str, Float[Tensor, "image _"]],
         task: str,
-        teacher: Logits | None = None,
-        routing: Float[Tensor, "image task"] | None = None,
+        teacher: Mapping[str, Float[Tensor, "image _"]],
     ) -> Loss | None:
         """Give the weighted sum of the parts that are worth a step, or None where none is.
 
         Args:
-            logits: What the sum reads: predictions, or the router's logits.
+            seen: See `Objective.loss`.
             task: Whose images these are.
-            teacher: The expert's logits, ``[image, class]``.
-            routing: The router's logits, ``[image, task]``, beside predictions.
+            teacher: See `Objective.loss`.
 
         Raises:
-            InputError: A part reads the router, and there is none.
+            InputError: What a part reads is not there.
         """
-        if self.reads == "routing":
-            routing = logits
-        terms = []
-        for part, weight in zip(self.parts, self.weights, strict=True):
-            if part.needs_router and routing is None:
-                raise InputError(f"{type(part).__name__} needs a router, found static coefficients.")
-            loss = part(routing, task) if part.needs_router else part(logits, task, teacher)
-            if loss is not None:
-                terms.append(weight * loss)
+        return self._sum([part.loss(seen, task, teacher) for part in self.parts])
+
+    def start_at(self, parameters: Sequence[Tensor]) -> None:
+        """Let the parts meet the parameters."""
+        for part in self.parts:
+            part.start_at(parameters)
+
+    def penalty(self, parameters: Sequence[Tensor]) -> Loss | None:
+        """Give the weighted sum of the parts' penalties, or None where there is none."""
+        return self._sum([part.penalty(parameters) for part in self.parts])
+
+    def _sum(self, values: Sequence[Loss | None]) -> Loss | None:
+        pairs = zip(self.weights, values, strict=True)
+        terms = [weight * value for weight, value in pairs if value is not None]
         return sum(terms[1:], terms[0]) if terms else None
 
     def begin_step(self) -> None:
@@ -98,11 +118,14 @@ class Mixed(Objective):
         for part in self.parts:
             part.forget()
 
-    def per_task_state(self) -> dict[str, float]:
-        """Give what the part with a memory remembers."""
-        return {task: value for part in self.parts for task, value in part.per_task_state().items()}
+    def per_task_state(self) -> Memory:
+        """Give, by task, the list of what the parts remember; None where a part knows nothing of a task."""
+        states = [part.per_task_state() for part in self.parts]
+        tasks = dict.fromkeys(task for state in states for task in state)
+        return {task: [state.get(task) for state in states] for task in tasks}
 
-    def load_per_task_state(self, state: dict[str, float]) -> None:
+    def load_per_task_state(self, state: Memory) -> None:
         """Take it back."""
-        for part in self.parts:
-            part.load_per_task_state(state)
+        for i, part in enumerate(self.parts):
+            known = {task: values[i] for task, values in state.items() if values[i] is not None}
+            part.load_per_task_state(known)

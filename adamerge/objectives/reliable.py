@@ -5,7 +5,7 @@ import math
 from jaxtyping import Bool
 from torch import Tensor
 
-from adamerge.objectives.base import Logits, Loss, Objective, entropy_of
+from adamerge.objectives.base import Logits, Loss, Memory, Objective, entropy_of
 
 _DECAY = 0.9
 
@@ -58,11 +58,11 @@ class ReliableEntropy(Objective):
         """Forget the averages of all tasks."""
         self.averages = {}
 
-    def per_task_state(self) -> dict[str, float]:
+    def per_task_state(self) -> Memory:
         """Give the moving averages."""
         return dict(self.averages)
 
-    def load_per_task_state(self, state: dict[str, float]) -> None:
+    def load_per_task_state(self, state: Memory) -> None:
         """Take back moving averages."""
         self.averages = dict(state)
 

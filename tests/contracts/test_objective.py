@@ -8,10 +8,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from adamerge.objectives import (
+    Balanced,
+    Consistency,
     Entropy,
+    FeatureMatching,
     KLTeacher,
     Mixed,
     Objective,
+    Prior,
     ReliableEntropy,
     RoutingEntropy,
     TaskIdentity,
@@ -40,7 +44,8 @@ class ObjectiveContract:
 
     def loss(self, student: Tensor, objective: Objective | None = None) -> Tensor:
         objective = objective or self.make()
-        loss = objective(student, "cars", logits(seed=1) if objective.needs_teacher else None)
+        has_teacher = objective.needs_teacher or objective.augments
+        loss = objective(student, "cars", logits(seed=1) if has_teacher else None)
         assert loss is not None
         return loss
 
@@ -56,9 +61,6 @@ class ObjectiveContract:
         assert torch.isfinite(student.grad).all()
         assert student.grad.abs().sum() > 0
 
-    def test_a_constant_added_to_the_logits_changes_nothing(self) -> None:
-        assert_close(self.loss(logits() + 30), self.loss(logits()), rtol=1e-4, atol=1e-5)
-
     def test_half_precision_logits_are_widened(self) -> None:
         assert self.loss(logits().bfloat16()).dtype == torch.float32
 
@@ -67,9 +69,11 @@ class ObjectiveContract:
         self.loss(student).backward()
         assert torch.isfinite(student.grad).all()
 
-    def test_each_step_begins_afresh(self) -> None:
+    def test_a_step_depends_on_nothing_but_what_can_be_restored(self) -> None:
         objective = self.make()
+        memory = objective.per_task_state()
         first = self.loss(logits(), objective)
+        objective.load_per_task_state(memory)
         objective.begin_step()
         assert torch.equal(self.loss(logits(), objective), first)
 
@@ -86,11 +90,16 @@ class ObjectiveContract:
         assert not objective.recovery_due()
 
 
+class OfLogits(ObjectiveContract):
+    def test_a_constant_added_to_the_logits_changes_nothing(self) -> None:
+        assert_close(self.loss(logits() + 30), self.loss(logits()), rtol=1e-4, atol=1e-5)
+
+
 def entropy(row: Tensor) -> float:
     return -sum(p * math.log(p) for p in probabilities(row) if p > 0)
 
 
-class TestEntropy(ObjectiveContract):
+class TestEntropy(OfLogits):
     def make(self) -> Objective:
         return Entropy()
 
@@ -106,7 +115,7 @@ class TestEntropyPerLogC(TestEntropy):
         return super().literal(student, teacher) / math.log(5)
 
 
-class TestReliableEntropy(ObjectiveContract):
+class TestReliableEntropy(OfLogits):
     def make(self) -> Objective:
         return ReliableEntropy()
 
@@ -116,7 +125,7 @@ class TestReliableEntropy(ObjectiveContract):
         return sum(reliable) / len(reliable)
 
 
-class TestKLTeacher(ObjectiveContract):
+class TestKLTeacher(OfLogits):
     def make(self) -> Objective:
         return KLTeacher(temperature=2.0)
 
@@ -126,7 +135,12 @@ class TestKLTeacher(ObjectiveContract):
         return sum(divergences) / len(divergences)
 
 
-class TestTaskIdentity(ObjectiveContract):
+class TestConsistency(TestKLTeacher):
+    def make(self) -> Objective:
+        return Consistency(temperature=2.0)
+
+
+class TestTaskIdentity(OfLogits):
     def make(self) -> Objective:
         objective = TaskIdentity()
         objective.build(("aircraft", "birds", "cars", "digits", "eggs"))  # as many as the logits
@@ -141,7 +155,46 @@ class TestRoutingEntropy(TestEntropy):
         return RoutingEntropy()
 
 
-class TestMixed(ObjectiveContract):
+class TestBalanced(OfLogits):
+    MEAN = (0.1, 0.4, 0.2, 0.05, 0.25)  # of the steps before
+
+    def make(self) -> Objective:
+        objective = Balanced(weight=0.7)
+        objective.load_per_task_state({"cars": list(self.MEAN)})
+        objective.begin_step()
+        return objective
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        rows = list(map(probabilities, student))
+        batch = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        spread = -sum(p * math.log(q) for p, q in zip(batch, self.MEAN, strict=True))
+        return TestEntropy().literal(student, teacher) - 0.7 * spread
+
+
+class TestFeatureMatching(ObjectiveContract):
+    def make(self) -> Objective:
+        return FeatureMatching()
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        pairs = zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+        return sum(abs(a - b) for a, b in pairs) / student.numel()
+
+
+class TestFeatureMatchingOnTheSphere(ObjectiveContract):
+    def make(self) -> Objective:
+        return FeatureMatching("mse", normalize=True)
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        cosines = [float(a @ b / ((a @ a) * (b @ b)).sqrt()) for a, b in zip(student, teacher, strict=True)]
+        return sum(2 - 2 * cosine for cosine in cosines) / student.numel()
+
+
+class TestPriorBesideEntropy(TestEntropy):
+    def make(self) -> Objective:
+        return Mixed([Prior(), Entropy()], [9.0, 1.0])  # images cost what entropy says
+
+
+class TestMixed(OfLogits):
     def make(self) -> Objective:
         return Mixed([Entropy(), ReliableEntropy(), KLTeacher()], [0.5, 1.0, 2.0])
 

@@ -14,8 +14,12 @@ from torch.testing import assert_close
 from adamerge.coefficients import Router, Uniform
 from adamerge.errors import InputError
 from adamerge.mixture import Gates, Mixture, RouterStep
+from adamerge.models import Head
 from adamerge.objectives import (
+    Balanced,
+    Consistency,
     Entropy,
+    FeatureMatching,
     KLTeacher,
     Mixed,
     Objective,
@@ -37,6 +41,8 @@ ROUTERS: dict[str, Callable[[], Router]] = {
 PREDICTIONS: dict[str, Callable[[], Objective]] = {
     "entropy": Entropy,
     "teacher": KLTeacher,
+    "features": FeatureMatching,
+    "balanced": Balanced,
     "reliable": lambda: ReliableEntropy(threshold=0.8),
     "mixed": lambda: Mixed(
         [Entropy("log_c"), KLTeacher(), TaskIdentity(), RoutingEntropy()], [1.0, 0.5, 2.0, -0.1]
@@ -56,9 +62,10 @@ def make_batch() -> Batch:
 
 
 def teachers(mixture: Mixture) -> dict[str, Tensor]:
-    classes = {task: len(head.weight) for task, head in mixture.heads.items()}
+    """Features of experts."""
     generator = torch.Generator().manual_seed(3)
-    return {task: torch.randn(N_IMAGES, n, generator=generator) for task, n in classes.items()}
+    dims = {task: head.weight.shape[1] for task, head in mixture.heads.items()}
+    return {task: torch.randn(N_IMAGES, n, generator=generator) for task, n in dims.items()}
 
 
 def make_step(clip: Path, router: Router, objective: Objective) -> RouterStep:
@@ -77,18 +84,19 @@ def gradients(router: Router, loss: Tensor) -> list[Tensor]:
 
 def plain(mixture: Mixture, objective: Objective, batch: Batch) -> tuple[dict[str, float], Tensor]:
     """Run all images in one graph, and sum the tasks' objectives."""
+
+    def views(head: Head, features: Tensor) -> dict[str, Tensor]:
+        return {"prediction": head.logits(features), "features": features}
+
     images = torch.cat([part["images"] for part in batch.values()])
     reads_input = mixture.routing.reads == "input"
     gates = Gates(mixture.routing, len(images), mixture.router_features(images) if reads_input else None)
     features, start, losses = mixture.features(images, gates), 0, {}
     for task, part in batch.items():
         rows = slice(start, start := start + len(part["index"]))
-        if objective.reads == "routing":
-            losses[task] = objective(gates.mean_logits()[rows], task)
-            continue
-        more = {"routing": gates.mean_logits()[rows]} if isinstance(objective, Mixed) else {}
-        teacher = teachers(mixture)[task][part["index"]]
-        losses[task] = objective(mixture.heads[task].logits(features[rows]), task, teacher, **more)
+        head, expert = mixture.heads[task], teachers(mixture)[task][part["index"]]
+        seen = views(head, features[rows]) | {"routing": gates.mean_logits()[rows]}
+        losses[task] = objective.loss(seen, task, views(head, expert))
     found = {task: loss for task, loss in losses.items() if loss is not None}
     return {task: float(loss.detach()) for task, loss in found.items()}, torch.stack([*found.values()]).sum()
 
@@ -97,11 +105,13 @@ def assert_step_equals_plain(
     step: RouterStep, passes: list[list[str]], scale: float = 1.0
 ) -> dict[str, float]:
     router, state, batch = step.routing, deepcopy(step.routing.state_dict()), make_batch()
+    memory = step.objective.per_task_state()
     result = step(batch, passes, teachers(step.mixture), scale)
     assert float(result.surrogate.detach()) == 0
     found = gradients(router, result.surrogate)
     after = deepcopy(router.state_dict())
     router.load_state_dict(state)  # statistics and dropout as they were
+    step.objective.load_per_task_state(memory)
     step.objective.begin_step()
     losses, total = plain(step.mixture, step.objective, batch)
     assert {task: float(loss) for task, loss in result.losses.items()} == pytest.approx(losses, abs=1e-5)
@@ -157,6 +167,11 @@ def test_a_scaled_loss_has_the_same_gradient(clip: Path, router: str) -> None:
 def test_router_logits_of_gates_inside_the_model_cannot_be_the_whole_objective(clip: Path) -> None:
     with pytest.raises(InputError, match="TaskIdentity reads router logits; this router reads blocks"):
         make_step(clip, ROUTERS["wemoe"](), TaskIdentity())
+
+
+def test_a_second_view_of_images_needs_static_coefficients(clip: Path) -> None:
+    with pytest.raises(InputError, match="Mixed with a second view of images needs static coefficients"):
+        make_step(clip, Router(), Mixed([Entropy(), Consistency()]))
 
 
 def test_batch_normalisation_inside_the_model_would_depend_on_the_passes(clip: Path) -> None:

@@ -6,9 +6,18 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from adamerge.errors import InputError
-from adamerge.objectives import Entropy, KLTeacher, ReliableEntropy, SharpnessAware, entropy_of
+from adamerge.objectives import (
+    Entropy,
+    FeatureMatching,
+    KLTeacher,
+    Prior,
+    ReliableEntropy,
+    SharpnessAware,
+    entropy_of,
+)
 
 CONFIDENT, HESITANT = [9.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]
 
@@ -29,6 +38,9 @@ def test_teachers_are_asked_only_where_they_are_needed() -> None:
     assert not Entropy.needs_teacher
     with pytest.raises(InputError, match="needs the expert's logits of task 'cars'"):
         KLTeacher()(torch.zeros(1, 2), "cars")
+    assert FeatureMatching.needs_teacher
+    with pytest.raises(InputError, match="needs the expert's features of task 'cars'"):
+        FeatureMatching()(torch.zeros(1, 2), "cars")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
@@ -41,6 +53,31 @@ def test_a_temperature_must_be_positive(temperature: float) -> None:
 def test_an_unknown_normalisation_is_refused() -> None:
     with pytest.raises(InputError, match="normalize='c' is unknown"):
         Entropy("c")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_distance_is_refused() -> None:
+    with pytest.raises(InputError, match="distance='l2' is unknown"):
+        FeatureMatching("l2")
+
+
+def test_on_the_sphere_lengths_do_not_matter() -> None:
+    features = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    assert FeatureMatching(normalize=True)(7 * features, "cars", features).item() == pytest.approx(0)
+    assert FeatureMatching()(7 * features, "cars", features).item() == pytest.approx(6 * 9 / 4)
+
+
+def test_a_prior_pulls_every_parameter_to_its_start() -> None:
+    prior = Prior()
+    assert prior.penalty([]) is None
+    parameter = nn.Parameter(torch.tensor([[0.3, 0.3]]))
+    prior.start_at([parameter])
+    with torch.no_grad():
+        parameter += torch.tensor([[0.5, -1.0]])
+    penalty = prior.penalty([parameter])
+    penalty.backward()
+    assert penalty.item() == pytest.approx(0.25 + 1)
+    assert_close(parameter.grad, torch.tensor([[1.0, -2.0]]))
 
 
 class TestReliableEntropy:

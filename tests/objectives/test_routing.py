@@ -10,10 +10,13 @@ from torch.testing import assert_close
 
 from adamerge.errors import InputError
 from adamerge.objectives import (
+    Balanced,
     Entropy,
+    FeatureMatching,
     KLTeacher,
     Mixed,
     Objective,
+    Prior,
     ReliableEntropy,
     RoutingEntropy,
     TaskIdentity,
@@ -61,7 +64,16 @@ class TestMixed:
         mixed = built(Mixed([Entropy(), KLTeacher(), TaskIdentity()], [0.5, 2.0, 0.25]))
         expected = 0.5 * Entropy()(PREDICTION, "cars") + 2 * KLTeacher()(PREDICTION, "cars", TEACHER)
         expected = expected + 0.25 * built(TaskIdentity())(ROUTING, "cars")
-        assert_close(mixed(PREDICTION, "cars", TEACHER, ROUTING), expected)
+        seen = {"prediction": PREDICTION, "routing": ROUTING}
+        assert_close(mixed.loss(seen, "cars", {"prediction": TEACHER}), expected)
+
+    def test_features_can_be_read_beside_predictions(self) -> None:
+        mixed = Mixed([Entropy(), FeatureMatching()], [1.0, 3.0])
+        seen, teacher = {"prediction": PREDICTION, "features": ROUTING}, {"features": ROUTING + 0.5}
+        assert_close(mixed.loss(seen, "cars", teacher), Entropy()(PREDICTION, "cars") + 1.5)
+        assert Mixed([FeatureMatching(), Prior()]).reads == "features"
+        with pytest.raises(InputError, match=r"FeatureMatching needs a model's features, found \['predict"):
+            mixed(PREDICTION, "cars")
 
     def test_weights_are_one_unless_given(self) -> None:
         loss = Mixed([Entropy(), Entropy()])(PREDICTION, "cars")
@@ -93,7 +105,7 @@ class TestMixed:
         part = ReliableEntropy(recovery=0.1)
         mixed = Mixed([Entropy(), part])
         mixed(1e3 * PREDICTION, "cars")
-        assert mixed.per_task_state() == part.per_task_state() != {}
+        assert mixed.per_task_state() == {"cars": [None, part.per_task_state()["cars"]]}
         assert part._kept
         mixed.begin_step()
         assert not part._kept
@@ -101,8 +113,24 @@ class TestMixed:
         assert not mixed.recovery_due()
         mixed.forget()
         assert part.per_task_state() == {}
-        mixed.load_per_task_state({"cars": 0.5})
+        mixed.load_per_task_state({"cars": [None, 0.5]})
         assert part.per_task_state() == {"cars": 0.5}
+
+    def test_several_parts_may_remember(self) -> None:
+        mixed, fresh = (Mixed([Balanced(), ReliableEntropy(threshold=0.5)]) for _ in range(2))
+        mixed(9 * PREDICTION, "cars")
+        mixed(torch.zeros(4, 5), "digits")  # nothing reliable here
+        fresh.load_per_task_state(mixed.per_task_state())
+        assert [set(part.per_task_state()) for part in fresh.parts] == [{"cars", "digits"}, {"cars"}]
+        assert fresh.per_task_state() == mixed.per_task_state()
+
+    def test_penalties_are_weighted_too(self) -> None:
+        parameters = [torch.zeros(2, 3), torch.ones(2)]
+        mixed = Mixed([Entropy(), Prior()], [1.0, 0.5])
+        mixed.start_at(parameters)
+        moved = [parameter + 2 for parameter in parameters]
+        assert mixed.penalty(moved).item() == pytest.approx(0.5 * 8 * 4)
+        assert Mixed([Entropy()]).penalty(moved) is None
 
     def test_yaml_gives_parts_and_weights(self) -> None:
         parser = ArgumentParser()
@@ -124,7 +152,6 @@ class TestMixed:
             ([Mixed([Entropy()])], None, "needs a flat list"),
             ([Entropy()], [1.0, 2.0], r"weights=\[1.0, 2.0\] are not 1 finite numbers"),
             ([Entropy()], [math.nan], "are not 1 finite numbers"),
-            ([ReliableEntropy(), ReliableEntropy()], None, "at most one ReliableEntropy"),
         ],
     )
     def test_sums_that_cannot_work_are_refused(
