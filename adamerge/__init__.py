@@ -31,8 +31,10 @@ if TYPE_CHECKING:
         ReliableEntropy,
         RoutingEntropy,
         SharpnessAware,
+        Supervised,
         TaskIdentity,
     )
+    from adamerge.optimizers import CMAES, FrankWolfe, NaturalGradient, RandomSearch
     from adamerge.static import edit, merge
     from adamerge.task import MergeTask
     from adamerge.vectors import LowRankCodec, TaskVectors, rebase, staged_step
@@ -42,9 +44,11 @@ __version__ = "0.1.0"
 # A name is imported when it is first used: `import adamerge` and `adamerge --help` stay instant.
 _HOME = {
     "Balanced": "objectives",
+    "CMAES": "optimizers",
     "Consistency": "objectives",
     "Entropy": "objectives",
     "FeatureMatching": "objectives",
+    "FrankWolfe": "optimizers",
     "Head": "models",
     "InputError": "errors",
     "KLTeacher": "objectives",
@@ -55,15 +59,18 @@ _HOME = {
     "Mixture": "mixture",
     "ModuleBackbone": "models",
     "MultiTaskData": "data.module",
+    "NaturalGradient": "optimizers",
     "OpenClipBackbone": "models",
     "Oracle": "coefficients",
     "Prior": "objectives",
+    "RandomSearch": "optimizers",
     "ReliableEntropy": "objectives",
     "Router": "coefficients",
     "RoutingEntropy": "objectives",
     "SharpnessAware": "objectives",
     "Statistics": "models",
     "Subspace": "coefficients",
+    "Supervised": "objectives",
     "TaskIdentity": "objectives",
     "TaskSpec": "data.tasks",
     "TaskVectors": "vectors",
@@ -83,10 +90,12 @@ _HOME = {
 }
 
 __all__ = [
+    "CMAES",
     "Balanced",
     "Consistency",
     "Entropy",
     "FeatureMatching",
+    "FrankWolfe",
     "Head",
     "InputError",
     "KLTeacher",
@@ -97,15 +106,18 @@ __all__ = [
     "Mixture",
     "ModuleBackbone",
     "MultiTaskData",
+    "NaturalGradient",
     "OpenClipBackbone",
     "Oracle",
     "Prior",
+    "RandomSearch",
     "ReliableEntropy",
     "Router",
     "RoutingEntropy",
     "SharpnessAware",
     "Statistics",
     "Subspace",
+    "Supervised",
     "TaskIdentity",
     "TaskSpec",
     "TaskVectors",

@@ -214,6 +214,7 @@ _CLASS_NAMES = (
                 "Prior",
             ),
             *("RoutingEntropy", "TaskIdentity", "Mixed", "SharpnessAware"),
+            *("Supervised", "FrankWolfe", "NaturalGradient", "CMAES", "RandomSearch"),
         )
     ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),
@@ -389,10 +390,14 @@ class RunCLI(LightningCLI):
             unknown=evaluation.unknown,
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
-            notes=[guard.verdict] if guard.verdict else [],
+            notes=[*([guard.verdict] if guard.verdict else []), *self._labels_read()],
             details=self._routing_details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
+
+    def _labels_read(self) -> list[str]:
+        """Say so where labels of adaptation images were read."""
+        return ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
 
     def _routing_details(self, evaluation: Evaluation) -> dict[str, Any]:
         """Tell who was routed where, what the honest baselines reach, and what the mixture costs."""

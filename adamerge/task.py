@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -20,10 +21,11 @@ from adamerge.evaluation import Evaluation, evaluate, mixture_features
 from adamerge.mixture import Mixture, RouterStep, joined_images, shared_passes, task_losses
 from adamerge.models import Backbone, Head, accuracy, recalibrate, require_class_names, walk
 from adamerge.objectives import Entropy, Objective, entropy_of
+from adamerge.optimizers import CoefficientOptimizer, Reads
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
 from adamerge.state import State
-from adamerge.vectors import TaskVectors, staged_step
+from adamerge.vectors import StepResult, TaskVectors, staged_step
 
 MakeOptimizer = Callable[[Any], Optimizer]
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -93,6 +95,7 @@ class MergeTask(pl.LightningModule):
         self._last_good = LastGood()
         self._memory: dict[str, float] = {}  # the objective's, when the step began
         self._teacher: dict[str, Tensor] = {}
+        self._labels: dict[str, Tensor] = {}
         self._weights: State = {}
         self._fixed: dict[str, Tensor] = {}
         self._entropies: dict[str, list[Tensor]] = {}
@@ -196,9 +199,32 @@ class MergeTask(pl.LightningModule):
     # ---- adaptation --------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Optimizer | None:
-        """Make the optimizer of the coefficients; None where there is nothing to learn."""
+        """Make the optimizer of the coefficients; None where there is nothing to learn.
+
+        Raises:
+            InputError: It is of no use to these coefficients, this objective or several processes.
+        """
         parameters = list(self.coefficients.parameters())
-        return self.make_optimizer(parameters) if parameters else None
+        optimizer = self.make_optimizer(parameters) if parameters else None
+        if optimizer and not self.objective.differentiable and getattr(optimizer, "reads", "") != "loss":
+            name = type(self.objective).__name__
+            raise InputError(f"this {name} has no gradient.", "Use adamerge.CMAES.")
+        if isinstance(optimizer, CoefficientOptimizer):
+            self._require_matrix(optimizer)
+        return optimizer
+
+    def _require_matrix(self, optimizer: CoefficientOptimizer) -> None:
+        name = type(optimizer).__name__
+        if self.mixture is not None:
+            raise InputError(
+                f"{name} steps on static coefficients; a router has none.", "Use torch.optim.Adam."
+            )
+        _ = optimizer.values  # one matrix, or it says so
+        if optimizer.reads == "task_gradients" and self._world_size() > 1:
+            raise InputError(f"{name} needs the gradients of all tasks in one process.", "Use one device.")
+        penalty = self.objective.penalty(list(self.coefficients.parameters()))
+        if optimizer.reads == "task_gradients" and penalty is not None:
+            raise InputError(f"{name} steps on the tasks' gradients alone.", "Leave out Prior, or use Adam.")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the objective forget the last step, and remember where this one starts."""
@@ -210,7 +236,7 @@ class MergeTask(pl.LightningModule):
         """Take a staged step: merge once, one backward per pass, one projection.
 
         Returns:
-            A scalar whose value is the sum of the tasks' losses, and of what the coefficients themselves
+            A scalar whose value is the sum of all tasks' losses, and of what the coefficients themselves
             cost; its gradient with respect to the coefficients is the staged one.
 
         Raises:
@@ -218,26 +244,59 @@ class MergeTask(pl.LightningModule):
         """
         scale = self._loss_scale()
         self.losses = {}
+        if self._reads == "loss":  # one batch is judged many times, each time anew
+            self.objective.begin_step()
+        if self._labels:
+            batch = {t: part | {"labels": self._labels[t][part["index"]]} for t, part in batch.items()}
         step = self._static_step if self.mixture is None else self._routed_step
         surrogate, gradient = step(batch, scale)
-        total = sum(self.losses.values(), surrogate.new_zeros(()))
         self.losses = self._gathered(self.losses)
+        if self._reads == "loss":
+            self._require_comparable()
         with self._keeping_the_last_good():  # a loss scaler skips a step of infinite gradient itself
             gradient = gradient if scale == 1 else None
             require_finite_step(self.global_step, self.losses, gradient, self.vectors.tasks)
         self._last_good.accept()
         self._log_losses()
+        total = surrogate.new_tensor(sum(self.losses.values()))
         penalty = self.objective.penalty(list(self.coefficients.parameters()))
         total = total if penalty is None else total + penalty
         return surrogate * self._world_size() + total  # DDP averages gradients; the loss is a sum
 
+    def _require_comparable(self) -> None:
+        """A search must not be rewarded for coefficients at which an objective gives up a task."""
+        skipped = [task for task in self.data.adapting_tasks if task not in self.losses]
+        if skipped:
+            raise InputError(
+                f"{type(self.objective).__name__} gave no loss for {shortlist(skipped)}: losses of different "
+                "coefficients cannot be compared.",
+                "Search with an objective that judges every image, such as KLTeacher.",
+            )
+
     def _static_step(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         """Give a scalar of value 0 with the gradient of the coefficients, and that gradient."""
         matrix = self.coefficients()
-        groups = shared_passes(batch, self.images_per_pass)
+        apart = self._reads == "task_gradients"
+        groups = shared_passes(batch, 0 if apart else self.images_per_pass)
         passes = [self._pass(tasks, batch) for tasks in groups]
-        result = staged_step(self.vectors, matrix, passes, names=self.read_names, scale=scale)
+        options: dict[str, Any] = {"names": self.read_names, "scale": scale, "apart": apart}
+        with torch.set_grad_enabled(self._reads != "loss"):  # then the gradient is zero, and costs nothing
+            result = staged_step(self.vectors, matrix, passes, **options)
+        if apart:
+            self._hand_over(matrix, result)
         return ((matrix - matrix.detach()) * result.gradient).sum(), result.gradient
+
+    @property
+    def _reads(self) -> Reads:
+        return getattr(next(iter(self._optimizers()), None), "reads", "gradient")
+
+    def _hand_over(self, matrix: Float[Tensor, "task tensor"], result: StepResult) -> None:
+        """Give the optimizer the tasks' losses, and the gradients of its parameter."""
+        optimizer = self._optimizers()[0]
+        assert isinstance(optimizer, CoefficientOptimizer)  # no other reads them
+        of = partial(torch.autograd.grad, matrix, optimizer.values, retain_graph=True)
+        gradients = torch.stack([of(gradient)[0] for gradient in result.gradients])
+        optimizer.receive(gradients, torch.stack(result.losses))
 
     def _routed_step(self, batch: Batch, scale: float) -> tuple[Tensor, None]:
         """Give a scalar of value 0 with the gradient of the router."""
@@ -458,6 +517,10 @@ class MergeTask(pl.LightningModule):
             for task in track(self.data.tasks_here(), "Caching the experts' features"):
                 found = self.expert_features(task, self.data.adaptation(task))
                 self._teacher[task] = self._on_device(found)
+        if self.objective.needs_labels:
+            for task in self.data.tasks_here():
+                labels = one_hot(self.data.adaptation_labels(task), len(self.heads[task].weight))
+                self._labels[task] = self._on_device(labels.float())
 
     def on_fit_end(self) -> None:
         """From now on a router gives each sample its mixture, whatever is beside it."""

@@ -54,7 +54,8 @@ def make_trainer(max_steps: int, *callbacks: pl.Callback, **options: Any) -> pl.
     """A silent trainer on the CPU."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0, "accelerator": "cpu", "devices": 1}
-    return pl.Trainer(max_steps=max_steps, max_epochs=1, callbacks=list(callbacks), **(quiet | options))
+    quiet |= {"max_steps": max_steps, "max_epochs": 1, "callbacks": list(callbacks)}
+    return pl.Trainer(**(quiet | options))
 
 
 def adapt(

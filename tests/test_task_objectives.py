@@ -18,6 +18,7 @@ from adamerge import (
     KLTeacher,
     Learned,
     Mixed,
+    NaturalGradient,
     Prior,
     ReliableEntropy,
     SharpnessAware,
@@ -133,3 +134,9 @@ def test_a_prior_keeps_coefficients_near_their_start(clip: Path) -> None:
 def test_an_objective_that_reads_no_images_is_refused(clip: Path, objective: Callable[[], Objective]) -> None:
     with pytest.raises(InputError, match="alone moves nothing.\nAdd an objective of images: adamerge.Mixed"):
         make_task(clip, objective=objective())
+
+
+def test_steps_on_the_tasks_gradients_alone_refuse_what_coefficients_cost(clip: Path) -> None:
+    objective = Mixed([Entropy(), Prior()], [1.0, 0.1])
+    with pytest.raises(InputError, match="NaturalGradient steps on the tasks' gradients alone"):
+        adapt(make_task(clip, objective=objective, optimizer=NaturalGradient), memory_data(), 1)

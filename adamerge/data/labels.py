@@ -1,4 +1,4 @@
-"""Labels of test images against the class names of their task."""
+"""Labels of images against the class names of their task."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -7,7 +7,7 @@ from adamerge.data.datasets import Images
 from adamerge.errors import DataError
 
 
-def require_same_classes(task: str, images: Images, classes: Sequence[str]) -> None:
+def require_same_classes(task: str, images: Images, classes: Sequence[str], part: str = "test") -> None:
     """Compare labels, and the source's class names where it has some, with the configured classes.
 
     Raises:
@@ -18,7 +18,7 @@ def require_same_classes(task: str, images: Images, classes: Sequence[str]) -> N
         pairs = enumerate(zip_longest(classes, names))
         i, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         raise DataError(
-            f"task {task!r} has {len(classes)} class names, its test images have {len(names)}; "
+            f"task {task!r} has {len(classes)} class names, its {part} images have {len(names)}; "
             f"first difference at index {i}: {ours!r} vs {theirs!r}.",
             hint,
         )
@@ -26,5 +26,5 @@ def require_same_classes(task: str, images: Images, classes: Sequence[str]) -> N
     bad = [] if labels is None else sorted({int(x) for x in labels.unique() if not 0 <= x < len(classes)})
     if bad:
         raise DataError(
-            f"task {task!r}: test images have label {bad[0]}, there are {len(classes)} class names.", hint
+            f"task {task!r}: {part} images have label {bad[0]}, there are {len(classes)} class names.", hint
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Int64
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,6 +36,7 @@ class MultiTaskData(pl.LightningDataModule):
         eval_batch_size: Images per batch elsewhere.
         holdout: Fraction of each task's adaptation images that adaptation does not see.
         seed: Seed of the order of images.
+        shots: Adaptation images per task that adaptation uses, chosen by the seed; 0: all.
         num_workers: Worker processes per loader; the images do not depend on it.
         cache: Keep decoded images in the cache folder, where a model's preprocessing has a name.
 
@@ -50,15 +52,16 @@ class MultiTaskData(pl.LightningDataModule):
         eval_batch_size: int = 256,
         holdout: float = 0.2,
         seed: int = 0,
+        shots: int = 0,
         num_workers: int = 0,
         cache: bool = True,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or eval_batch_size < 1 or not 0 <= holdout < 1 or num_workers < 0:
+        if min(batch_size, eval_batch_size) < 1 or not 0 <= holdout < 1 or min(shots, num_workers) < 0:
             raise InputError(
                 f"batch_size={batch_size}, eval_batch_size={eval_batch_size}, holdout={holdout}, "
-                f"num_workers={num_workers}.",
-                "Batch sizes must be positive, holdout in [0, 1), workers 0 or more.",
+                f"shots={shots}, num_workers={num_workers}.",
+                "Batch sizes must be positive, holdout in [0, 1), shots and workers 0 or more.",
             )
         if batch_size == 1:
             warnings.warn(
@@ -69,6 +72,7 @@ class MultiTaskData(pl.LightningDataModule):
         self.tasks = resolve(tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.holdout, self.seed, self.num_workers, self.cache = holdout, seed, num_workers, cache
+        self.shots = shots
         self.first_step = 0
         self.preprocess: Preprocess | None = None
         self.transform_key: str | None = None
@@ -86,6 +90,20 @@ class MultiTaskData(pl.LightningDataModule):
     def adaptation(self, task: str) -> Images:
         """Give the unlabelled images that training steps draw from."""
         return self._split(task)[0]
+
+    def adaptation_labels(self, task: str) -> Int64[Tensor, " image"]:
+        """Give the labels of `adaptation`'s images, to objectives that say that they read labels.
+
+        Raises:
+            DataError: There are no labels, or they do not fit the task's classes.
+        """
+        spec = self.tasks[task]
+        images = self._images(task, "labelled adaptation", spec.adapt, labelled=True)
+        if spec.classes:
+            require_same_classes(task, images, spec.classes, "adaptation")
+        labels = self._cut(images)[0].labels
+        assert labels is not None  # `_images` loads them or raises
+        return labels
 
     def held_out(self, task: str) -> Images:
         """Give the unlabelled images kept aside for monitoring; all of them where holdout is 0."""
@@ -191,12 +209,16 @@ class MultiTaskData(pl.LightningDataModule):
     def _split(self, task: str) -> tuple[Images, Images]:
         """Give the parts to adapt on and to monitor."""
         if task not in self._splits:
-            images = self._all_adaptation(task)
-            n_held = int(self.holdout * len(images))
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-            seen, held = (images.part(part.sort().values) for part in (order[n_held:], order[:n_held]))
-            self._splits[task] = (seen, held) if n_held else (images, images)
+            self._splits[task] = self._cut(self._all_adaptation(task))
         return self._splits[task]
+
+    def _cut(self, images: Images) -> tuple[Images, Images]:
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(images), generator=generator)
+        n_held = int(self.holdout * len(images))
+        used = order[n_held:][: self.shots or None]
+        adapt = images if len(used) == len(images) else images.part(used.sort().values)
+        return adapt, images.part(order[:n_held].sort().values) if n_held else adapt
 
     def _all_adaptation(self, task: str) -> Images:
         return self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)

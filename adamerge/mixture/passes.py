@@ -52,7 +52,8 @@ def task_losses(
     Args:
         features: Of the pass's images, task after task.
         tasks: The pass's tasks.
-        batch: With the images' indices, where there are teachers.
+        batch: With the images' indices, where there are teachers, and with one-hot labels, where the
+            objective reads them.
         heads: Frozen heads.
         objective: What is minimised.
         teacher: The experts' features of all images, by task; may be empty.
@@ -66,6 +67,7 @@ def task_losses(
     for task, part, seen in zip(tasks, features.split(sizes), parts, strict=True):
         known = teacher[task][batch[task]["index"]] if task in teacher else None
         ours, theirs = ({} if x is None else _views(heads[task], x) for x in (part, known))
+        theirs |= {name: x for name, x in batch[task].items() if name == "labels"}
         if "augmented" in seen:
             seen["augmented"] = heads[task].logits(seen["augmented"])
             theirs["augmented"] = ours["prediction"].detach()

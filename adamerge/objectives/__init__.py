@@ -10,6 +10,7 @@ from adamerge.objectives.prior import Prior
 from adamerge.objectives.reliable import ReliableEntropy
 from adamerge.objectives.routing import RoutingEntropy, TaskIdentity
 from adamerge.objectives.sharpness import SharpnessAware
+from adamerge.objectives.supervised import Supervised
 
 __all__ = [
     "Balanced",
@@ -23,6 +24,7 @@ __all__ = [
     "ReliableEntropy",
     "RoutingEntropy",
     "SharpnessAware",
+    "Supervised",
     "TaskIdentity",
     "entropy_of",
 ]

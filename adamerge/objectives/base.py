@@ -29,10 +29,14 @@ class Objective(nn.Module, ABC):
             the `second_view`, and as a teacher's those of the first ("augmented"); the router's logits
             ("routing", one per expert); "coefficients": nothing, all is in `penalty`.
         needs_teacher: Whether `forward` reads the same of the task's own expert.
+        needs_labels: Whether `forward` reads the images' labels, one-hot, in the teacher's place.
+        differentiable: Whether its value has a gradient; otherwise only a search can minimise it.
     """
 
     reads: Reads = "prediction"
     needs_teacher = False
+    needs_labels = False
+    differentiable = True
 
     @property
     def needs_router(self) -> bool:

@@ -36,6 +36,8 @@ class Mixed(Objective):
             raise InputError("two parts of Mixed augment the images.", "Use at most one Consistency.")
         self._parts, self.weights = nn.ModuleList(parts), weights
         self.needs_teacher = any(part.needs_teacher for part in parts)
+        self.needs_labels = any(part.needs_labels for part in parts)
+        self.differentiable = all(part.differentiable for part in parts)
         kinds: list[Reads] = [*{part.reads for part in parts if part.reads != "coefficients"}]
         self.reads = "prediction" if len(kinds) > 1 else kinds[0] if kinds else "coefficients"
 

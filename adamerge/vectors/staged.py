@@ -27,10 +27,12 @@ class StepResult(NamedTuple):
     Attributes:
         losses: One detached loss per pass.
         gradient: d (sum of losses) / d coefficients, ``[task, tensor]``, fp32.
+        gradients: d (each loss) / d coefficients, where they were asked for.
     """
 
     losses: list[Float[Tensor, ""]]
     gradient: Float[Tensor, "task tensor"]
+    gradients: Sequence[Float[Tensor, "task tensor"]] = ()
 
 
 def staged_step(
@@ -40,6 +42,7 @@ def staged_step(
     *,
     names: Sequence[str] | None = None,
     scale: float = 1.0,
+    apart: bool = False,
 ) -> StepResult:
     """Differentiate a sum of losses of one merged model with respect to its coefficients.
 
@@ -51,22 +54,25 @@ def staged_step(
         names: The tensors that the losses read; default: all. Others get a zero gradient.
         scale: Factor of the loss during the backward passes (fp16 under autocast); it is taken out of
             the gradient again.
+        apart: Give each loss's gradient, too.
     """
     names = vectors.names if names is None else names
     merged = vectors.merge(coefficients.detach(), names)
     leaves = {name: weight.requires_grad_() for name, weight in merged.items() if name in vectors.blocks}
     columns = _Columns(vectors.blocks)
     columns.watch(leaves)
-    losses = []
+    losses, gradients = [], []
+    zero = torch.zeros_like(coefficients, dtype=torch.float32)
     for loss_of in passes:
         loss = loss_of(merged)
         if loss.requires_grad:
             (loss * scale).backward()
         losses.append(loss.detach())
-    gradient = columns.matrix(leaves, vectors.names)
-    if gradient is None:
-        return StepResult(losses, torch.zeros_like(coefficients, dtype=torch.float32))
-    return StepResult(losses, gradient / scale)
+        if apart:
+            gradients.append(columns.matrix(leaves, vectors.names, zero) / scale)
+            columns.known.clear()
+    total = sum(gradients, zero) if apart else columns.matrix(leaves, vectors.names, zero) / scale
+    return StepResult(losses, total, gradients)
 
 
 class _Columns:
@@ -85,12 +91,13 @@ class _Columns:
             if leaf.numel() >= _LARGE:
                 leaf.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def matrix(self, leaves: State, names: Sequence[str]) -> Float[Tensor, "task tensor"] | None:
-        """Take what is left on the leaves, and join the columns in the order of names."""
+    def matrix(self, leaves: State, names: Sequence[str], zero: Tensor) -> Float[Tensor, "task tensor"]:
+        """Take what is left on the leaves, and join the columns in the order of names; or give ``zero``."""
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 self._take(name, leaf)
-        return stack_columns([self.known.get(name) for name in names])
+        found = stack_columns([self.known.get(name) for name in names])
+        return zero if found is None else found
 
     def _take(self, name: str, leaf: Tensor) -> None:
         """Add the projection of a leaf's gradient to its column, and free the gradient."""

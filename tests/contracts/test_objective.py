@@ -18,6 +18,7 @@ from adamerge.objectives import (
     Prior,
     ReliableEntropy,
     RoutingEntropy,
+    Supervised,
     TaskIdentity,
 )
 
@@ -138,6 +139,23 @@ class TestKLTeacher(OfLogits):
 class TestConsistency(TestKLTeacher):
     def make(self) -> Objective:
         return Consistency(temperature=2.0)
+
+
+class TestSupervised(OfLogits):
+    def make(self) -> Objective:
+        return Supervised()
+
+    def loss(self, student: Tensor, objective: Objective | None = None) -> Tensor:
+        loss = (objective or self.make())(student, "cars", torch.eye(5)[self.labels(student)])
+        assert loss is not None
+        return loss
+
+    def labels(self, student: Tensor) -> Tensor:
+        return torch.arange(len(student)) % 5
+
+    def literal(self, student: Tensor, teacher: Tensor) -> float:
+        rows = zip(student, self.labels(student).tolist(), strict=True)
+        return sum(-math.log(probabilities(row)[label]) for row, label in rows) / len(student)
 
 
 class TestTaskIdentity(OfLogits):

@@ -56,6 +56,35 @@ def test_without_a_holdout_all_images_serve_both(make: Make) -> None:
     assert len(data.adaptation("bars")) == len(data.held_out("bars")) == 12
 
 
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_shots_are_a_part_of_the_adaptation_images_that_the_seed_chooses(make: Make, holdout: float) -> None:
+    few, others, whole = (
+        make(shots=5, holdout=holdout),
+        make(shots=5, holdout=holdout, seed=1),
+        make(holdout=0.0),
+    )
+    chosen, all_of_them = set(few.adaptation("bars").digests()), set(whole.adaptation("bars").digests())
+    assert len(few.adaptation("bars")) == 5
+    assert chosen < all_of_them
+    assert chosen != set(others.adaptation("bars").digests())
+    assert len(few.held_out("bars")) == (3 if holdout else 5)
+
+
+def test_labels_of_adaptation_images_are_those_of_the_shots(make: Make) -> None:
+    data = make(shots=5, holdout=0.25)
+    every = data._images("bars", "labelled adaptation", data.tasks["bars"].adapt, labelled=True)
+    label_of = dict(zip(every.digests(), every.labels.tolist(), strict=True))
+    expected = [label_of[digest] for digest in data.adaptation("bars").digests()]
+    assert data.adaptation_labels("bars").tolist() == expected
+    assert len(set(expected)) > 1
+
+
+def test_labels_of_other_classes_are_refused(make: Make) -> None:
+    data = make({"bars": {"classes": ["flat", "steep"]}})
+    with pytest.raises(DataError, match="its adaptation images have 3"):
+        data.adaptation_labels("bars")
+
+
 def images_of(loader: Any, steps: int) -> list[torch.Tensor]:
     return [batch["circles"]["images"] for batch, _, _ in islice(loader, steps)]
 
@@ -203,7 +232,14 @@ def test_more_processes_than_tasks_are_refused(make: Make) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"batch_size": 0}, {"eval_batch_size": -1}, {"holdout": 1.0}, {"holdout": -0.1}, {"num_workers": -1}],
+    [
+        {"batch_size": 0},
+        {"eval_batch_size": -1},
+        {"holdout": 1.0},
+        {"holdout": -0.1},
+        {"shots": -1},
+        {"num_workers": -1},
+    ],
 )
 def test_options_out_of_range_are_refused(make: Make, option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="sizes must be positive, holdout in"):

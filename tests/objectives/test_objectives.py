@@ -16,6 +16,7 @@ from adamerge.objectives import (
     Prior,
     ReliableEntropy,
     SharpnessAware,
+    Supervised,
     entropy_of,
 )
 
@@ -208,3 +209,18 @@ class TestSharpnessAware:
             InputError, match="needs a closure .*\nIt cannot be used with precision '16-mixed'"
         ):
             self.optimizer(w).step()
+
+
+class TestSupervised:
+    def test_an_error_rate_counts_wrong_classes(self) -> None:
+        labels = torch.eye(2)[torch.tensor([0, 1, 1, 1])]
+        found = Supervised("error_rate")(torch.tensor([[2.0, 0.0]] * 3 + [[0.0, 2.0]]), "task", labels)
+        assert float(found) == 0.5
+
+    def test_without_labels_it_says_so(self) -> None:
+        with pytest.raises(InputError, match="needs the labels of task 'task'"):
+            Supervised()(torch.zeros(2, 2), "task")
+
+    def test_another_score_is_refused(self, unchecked: None) -> None:
+        with pytest.raises(InputError, match="score='f1'"):
+            Supervised("f1")

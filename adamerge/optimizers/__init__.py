@@ -1,0 +1,8 @@
+"""Optimizers of coefficients beyond torch's own: they read more than one gradient, or none."""
+
+from adamerge.optimizers.base import CoefficientOptimizer, Reads
+from adamerge.optimizers.evolution import CMAES, RandomSearch
+from adamerge.optimizers.frank_wolfe import FrankWolfe
+from adamerge.optimizers.natural import NaturalGradient
+
+__all__ = ["CMAES", "CoefficientOptimizer", "FrankWolfe", "NaturalGradient", "RandomSearch", "Reads"]
