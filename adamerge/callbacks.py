@@ -342,8 +342,9 @@ class CollapseGuard(pl.Callback):
             self._remember(trainer, module, signs)
 
     def _look(self, module: MergeTask) -> dict[str, Signs]:
+        weights = module.evaluated()  # merged once for all tasks
         return {
-            task: signs_of(module.merged_logits(task, self._images[task]), expert)
+            task: signs_of(module.merged_logits(task, self._images[task], weights), expert)
             for task, expert in self._expert.items()
         }
 

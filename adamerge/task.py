@@ -139,8 +139,11 @@ class MergeTask(pl.LightningModule):
         state = self.vectors.state(self._matrix())
         return state | self._recalibrated({n: state[n].float() for n in self.backbone.names})
 
-    def _evaluated(self) -> State:
-        """Give the weights of the static model as it is evaluated."""
+    @torch.no_grad()
+    def evaluated(self) -> State:
+        """Give the weights of the static model as it is evaluated; nothing where there is a mixture."""
+        if self.mixture is not None:
+            return {}
         weights = self.weights(self._matrix())
         return {**weights, **self._recalibrated(weights)}
 
@@ -169,9 +172,17 @@ class MergeTask(pl.LightningModule):
         return self._walk(partial(self.backbone.features, self._expert_weights(task)), images)
 
     @torch.no_grad()
-    def merged_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
-        """Give the merged model's logits, on the CPU, in fp32 without autocast."""
-        return self._walk(self._classifier(task), images)
+    def merged_logits(
+        self, task: str, images: Images, weights: State | None = None
+    ) -> Float[Tensor, "image class"]:
+        """Give the merged model's logits, on the CPU, in fp32 without autocast.
+
+        Args:
+            task: Whose head.
+            images: What to classify.
+            weights: Those of `evaluated`, where several tasks are asked for.
+        """
+        return self._walk(self._classifier(task, weights), images)
 
     def _expert_weights(self, task: str) -> State:
         hot, read = self._on_device(self.experts.one_hot(task)), set(self.backbone.names)
@@ -186,7 +197,7 @@ class MergeTask(pl.LightningModule):
         """
         if self.mixture is not None:
             return partial(self.mixture.logits, task=task)
-        return partial(self.logits, weights or self._evaluated(), task)
+        return partial(self.logits, weights or self.evaluated(), task)
 
     def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
         was_training = self.coefficients.training
@@ -591,7 +602,7 @@ class MergeTask(pl.LightningModule):
     @torch.no_grad()
     def _merge_for_evaluation(self) -> None:
         self._place()
-        self._weights = self._evaluated() if self.mixture is None else {}
+        self._weights = self.evaluated()
 
     @property
     def _where(self) -> torch.device:

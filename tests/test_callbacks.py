@@ -120,6 +120,14 @@ def test_a_collapse_is_stopped_and_rolled_back(clip: Path) -> None:
     assert "'bars'" in guard.verdict
 
 
+def test_a_look_merges_once_for_all_tasks(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, merges = make_task(clip), []
+    merge = task.evaluated
+    monkeypatch.setattr(task, "evaluated", lambda: merges.append(task.global_step) or merge())
+    adapt(task, memory_data(n_adapt=100), 2, CollapseGuard(every_n_steps=1))
+    assert merges == [0, 1, 2]
+
+
 def test_without_the_guard_the_same_run_does_collapse(clip: Path) -> None:
     task, data = make_task(clip, objective=OneClass(), optimizer=strong), memory_data(n_adapt=200)
     guard = CollapseGuard(every_n_steps=0)

@@ -16,7 +16,7 @@ from adamerge.fitting import open_vectors, weight_digests
 from adamerge.models import Backbone, Head, Statistics, open_heads, walk
 from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
-from adamerge.vectors import TaskVectors
+from adamerge.vectors import STREAM, TaskVectors
 
 INDIVIDUAL = "individual"
 BOUNDS = ("zero_shot", INDIVIDUAL)
@@ -89,15 +89,18 @@ class Models:
         """Give what the backbone reads, in fp32, where it computes."""
         return {name: state[name].float().to(_device()) for name in self.backbone.names}
 
-    @property
+    @cached_property
     def vectors(self) -> TaskVectors:
-        """The experts."""
-        return self._opened[0]
+        """The experts, in memory."""
+        _ = self.backbone  # which prepares the images
+        return open_vectors(self.base, self.experts, codec=self.codec)[0]
 
-    @property
+    @cached_property
     def backbone(self) -> Backbone:
-        """The model of any weights."""
-        return self._opened[1]
+        """The model of any weights; opening it audits the experts' files, and stores nothing of them."""
+        _, backbone = open_vectors(self.base, self.experts, codec=STREAM)
+        self.data.use(backbone)
+        return backbone
 
     @cached_property
     def heads(self) -> dict[str, Head]:
@@ -115,12 +118,6 @@ class Models:
         """Statistics of the experts on the unlabelled adaptation images."""
         opened = self.vectors, self.backbone, self.heads, self.data
         return expert_statistics(*opened, self.digests, cache=self.cache, device=_device())
-
-    @cached_property
-    def _opened(self) -> tuple[TaskVectors, Backbone]:
-        vectors, backbone = open_vectors(self.base, self.experts, codec=self.codec)
-        self.data.use(backbone)
-        return vectors, backbone
 
 
 def _device() -> torch.device:

@@ -45,6 +45,15 @@ def test_rows_are_what_their_methods_say(tiny: Benchmark, tmp_path: Path) -> Non
     assert rows["zero_shot"].accuracy == tiny.models.accuracy(lambda _: tiny.models.read(base)).known
 
 
+def test_a_table_whose_rows_are_finished_holds_no_expert(tiny: Benchmark) -> None:
+    methods = ("zero_shot", "average")
+    tiny.run(methods)
+    assert "vectors" in vars(tiny.models)
+    again = Benchmark(tiny.config, tiny.out)
+    again.run(methods)
+    assert "vectors" not in vars(again.models)
+
+
 def test_the_task_unknown_is_a_column_and_a_table_of_its_own(tiny: Benchmark) -> None:
     methods = ("zero_shot", "individual", "oracle", "twin_merging", "smile")
     few = ("--trainer.max_steps", "2", "--data.batch_size", "4")
