@@ -1,30 +1,27 @@
-"""MergeTask, the only LightningModule: coefficients x objective x codec x optimizer."""
+"""MergeTask: coefficients x objective x codec x optimizer, learned on unlabelled inputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy
 
-from adamerge.coefficients import Coefficients, Learned, Routing
-from adamerge.data.datasets import Images
-from adamerge.data.module import Batch, MultiTaskData
+from adamerge.coefficients import Coefficients
+from adamerge.data.module import Batch
 from adamerge.errors import InputError, NumericError, shortlist
-from adamerge.evaluation import Evaluation, evaluate, mixture_features
-from adamerge.mixture import Mixture, RouterStep, joined_images, shared_passes, task_losses
-from adamerge.models import Backbone, Head, accuracy, recalibrate, require_class_names, walk
-from adamerge.objectives import Entropy, Objective, entropy_of
+from adamerge.mixture import RouterStep, joined_images, shared_passes, task_losses
+from adamerge.models import Backbone, Head, require_class_names
+from adamerge.objectives import Entropy, Objective
 from adamerge.optimizers import CoefficientOptimizer, Reads
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
 from adamerge.state import State
+from adamerge.task.evaluating import Evaluating
 from adamerge.vectors import StepResult, TaskVectors, staged_step
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -37,7 +34,7 @@ def published_adam(parameters: Iterable[Any]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
-class MergeTask(pl.LightningModule):
+class MergeTask(Evaluating):
     """Learns merging coefficients on unlabelled inputs, and evaluates the merged model.
 
     The module's only parameters are the coefficients', in fp32; base, vectors, backbone and heads are
@@ -76,138 +73,30 @@ class MergeTask(pl.LightningModule):
         experts: TaskVectors | None = None,
         recalibrate: int = 0,
     ) -> None:
-        super().__init__()
-        missing = [task for task in vectors.tasks if task not in heads]
-        if missing:
-            raise InputError(f"experts {missing} have no head.", f"Heads were given for {list(heads)}.")
-        self.vectors, self.backbone, self.heads = vectors, backbone, dict(heads)
-        self.experts = experts or vectors
-        self.coefficients = coefficients or Learned()
+        parts = {"coefficients": coefficients, "experts": experts, "recalibrate": recalibrate}
+        super().__init__(vectors, backbone, heads, **parts)
         self.objective = objective or Entropy()
         self.objective.build(vectors.tasks)
-        self.recalibrate = recalibrate
-        self._router_step = self._build_coefficients()
+        self._router_step = self._require_fitting_objective()
         self.objective.start_at(list(self.coefficients.parameters()))
         self.make_optimizer = optimizer
         self.images_per_pass = images_per_pass
-        self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
         self.losses: dict[str, Any] = {}  # floats, but tensors within a step
         self._last_good = LastGood()
         self._memory: dict[str, float] = {}  # the objective's, when the step began
         self._teacher: dict[str, Tensor] = {}
         self._labels: dict[str, Tensor] = {}
-        self._weights: State = {}
-        self._fixed: dict[str, Tensor] = {}
-        self._entropies: dict[str, list[Tensor]] = {}
-        self.accuracy: dict[str, float] = {}
-        self._accuracy: dict[str, MulticlassAccuracy] = {}
 
-    def _build_coefficients(self) -> RouterStep | None:
-        """Let the coefficients meet tasks and tensors; those per input need a model of their own."""
+    def _require_fitting_objective(self) -> RouterStep | None:
+        """Refuse an objective that these coefficients cannot serve; a router takes steps of its own."""
         name = type(self.objective).__name__
         if self.objective.reads == "coefficients":
             raise InputError(f"{name} alone moves nothing.", "Add an objective of images: adamerge.Mixed.")
-        if isinstance(self.coefficients, Routing):
-            if self.recalibrate:
-                raise InputError("recalibrate is of no use to a router: inputs differ.", "Leave it out.")
-            mixture = Mixture(self.vectors, self.backbone, self.heads, self.coefficients)
-            return RouterStep(mixture, self.objective)
+        if self.mixture is not None:
+            return RouterStep(self.mixture, self.objective)
         if self.objective.needs_router:
             raise InputError(f"{name} needs a router.", "Use coefficients such as adamerge.Router.")
-        self.coefficients.build(self.vectors.tasks, self.vectors.names)
         return None
-
-    # ---- weights -----------------------------------------------------------------------------------
-
-    @property
-    def mixture(self) -> Mixture | None:
-        """The model whose weights depend on the input; None where coefficients are static."""
-        return self._router_step and self._router_step.mixture
-
-    def weights(self, coefficients: Float[Tensor, "task tensor"]) -> State:
-        """Give what the backbone reads, in fp32, under these coefficients; differentiable in them."""
-        return self.vectors.merge(coefficients, self.read_names) | self._fixed
-
-    def merged_state(self) -> State:
-        """Give the complete merged model, on the CPU, ready for `adamerge.save`.
-
-        Raises:
-            InputError: The model differs from input to input.
-        """
-        if self.mixture is not None:
-            raise InputError("a routed model has no single state.", "Save it: adamerge.save_mixture(...).")
-        state = self.vectors.state(self._matrix())
-        return state | self._recalibrated({n: state[n].float() for n in self.backbone.names})
-
-    @torch.no_grad()
-    def evaluated(self) -> State:
-        """Give the weights of the static model as it is evaluated; nothing where there is a mixture."""
-        if self.mixture is not None:
-            return {}
-        weights = self.weights(self._matrix())
-        return {**weights, **self._recalibrated(weights)}
-
-    def _recalibrated(self, weights: State) -> dict[str, Tensor]:
-        """Give the BatchNorm statistics that some adaptation images have under these weights."""
-        if not self.recalibrate:
-            return {}
-        parts = {task: self.data.adaptation(task) for task in self.data.adapting_tasks}
-        few = {task: images.sample(self.recalibrate).images for task, images in parts.items()}
-        found = recalibrate(self.backbone, weights, few)
-        return {name: value for name, value in found.items() if value is not weights[name]}
-
-    def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
-        """Classify one task's images under given weights."""
-        return self.heads[task].logits(self.backbone.features(weights, images))
-
-    @torch.no_grad()
-    def expert_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
-        """Give the logits of a task's own expert, on the CPU, in fp32 without autocast."""
-        weights = self._expert_weights(task)
-        return self._walk(lambda batch: self.logits(weights, task, batch), images)
-
-    @torch.no_grad()
-    def expert_features(self, task: str, images: Images) -> Float[Tensor, "image dim"]:
-        """Give the features of a task's own expert, on the CPU, in fp32 without autocast."""
-        return self._walk(partial(self.backbone.features, self._expert_weights(task)), images)
-
-    @torch.no_grad()
-    def merged_logits(
-        self, task: str, images: Images, weights: State | None = None
-    ) -> Float[Tensor, "image class"]:
-        """Give the merged model's logits, on the CPU, in fp32 without autocast.
-
-        Args:
-            task: Whose head.
-            images: What to classify.
-            weights: Those of `evaluated`, where several tasks are asked for.
-        """
-        return self._walk(self._classifier(task, weights), images)
-
-    def _expert_weights(self, task: str) -> State:
-        hot, read = self._on_device(self.experts.one_hot(task)), set(self.backbone.names)
-        return self._fixed | self.experts.merge(hot, [n for n in self.experts.names if n in read])
-
-    def _classifier(self, task: str, weights: State | None = None) -> Callable[[Tensor], Tensor]:
-        """Give the merged model as a function from images to logits of a task's head.
-
-        Args:
-            task: Whose head.
-            weights: Those of a static model, where they are merged already.
-        """
-        if self.mixture is not None:
-            return partial(self.mixture.logits, task=task)
-        return partial(self.logits, weights or self.evaluated(), task)
-
-    def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
-        was_training = self.coefficients.training
-        self.coefficients.eval()  # a router's normalisation must not see its batch
-        with torch.autocast(self._where.type, enabled=False):
-            found = walk(lambda batch: function(self._on_device(batch)), self.data.loader(images))
-        self.coefficients.train(was_training)
-        return found
-
-    # ---- adaptation --------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Optimizer | None:
         """Make the optimizer of the coefficients; None where there is nothing to learn.
@@ -405,91 +294,6 @@ class MergeTask(pl.LightningModule):
         self.log(f"train/{name}_mean", sum(self.losses.values()) / len(self.losses), prog_bar=True)
         self.log_dict(values)
 
-    # ---- evaluation --------------------------------------------------------------------------------
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure entropy on held-out adaptation images, which have no labels."""
-        task = self.data.adapting_tasks[dataloader_idx]
-        logits = self._classifier(task, self._weights)(batch["images"])
-        self._entropies.setdefault(task, []).append(entropy_of(logits))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log each task's mean entropy in nats, and the mean over tasks."""
-        means = {task: torch.cat(parts).mean() for task, parts in self._entropies.items()}
-        self.log_dict({f"val/entropy/{task}": mean for task, mean in means.items()})
-        self.log("val/entropy_mean", torch.stack(list(means.values())).mean())
-        self._entropies = {}
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure top-1 accuracy (micro average) on labelled test images, with the task known."""
-        task = self.data.tested_tasks[dataloader_idx]
-        self._accuracy[task].update(self._classifier(task, self._weights)(batch["images"]), batch["labels"])
-
-    def on_test_epoch_end(self) -> None:
-        """Log each task's accuracy in percent, and the plain mean over tasks."""
-        self.accuracy = {task: 100 * float(m.compute()) for task, m in self._accuracy.items()}
-        self.log_dict({f"eval/acc/{task}": value for task, value in self.accuracy.items()})
-        self.log("eval/acc_mean", sum(self.accuracy.values()) / len(self.accuracy))
-
-    def predict_step(
-        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Any]:
-        """Give class and probability of each image, with the task known."""
-        task = tuple(self.data.tasks)[dataloader_idx]
-        p = self._classifier(task, self._weights)(batch["images"]).softmax(-1)
-        probability, label = p.max(-1)
-        return {"task": task, "index": batch["index"], "class": label, "probability": probability}
-
-    def evaluate(self) -> dict[str, float]:
-        """Give top-1 accuracy in percent on each task's test images, without a trainer loop."""
-        return self.evaluation().known
-
-    @torch.no_grad()
-    def evaluation(self, mixture: Mixture | None = None) -> Evaluation:
-        """Evaluate on all test images with the task known and unknown, without a trainer loop.
-
-        Args:
-            mixture: Another model on the same backbone and heads; default: this task's own.
-        """
-        self._merge_for_evaluation()
-        model = mixture or self.mixture
-        features = mixture_features(model) if model else self._static_features
-        told = model is not None and model.routing is not None and model.routing.reads == "task"
-        tasks = self._tested_with_expert if told else None
-        return evaluate(features, self.heads, self.data, self._walk_test, told=told, tasks=tasks)
-
-    def _static_features(self, batch: Tensor, _task: str) -> tuple[Tensor, None]:
-        return self.backbone.features(self._weights, batch), None
-
-    def _walk_test(self, function: Callable[[Tensor], Tensor], task: str) -> Tensor:
-        return self._walk(function, self.data.test(task))
-
-    @torch.no_grad()
-    def evaluate_experts(self) -> dict[str, float]:
-        """Give each expert's accuracy in percent on its own task's test images."""
-        self._place()
-        found = {}
-        for task in track(self._tested_with_expert, "Evaluating the experts"):
-            images = self.data.test(task)
-            assert images.labels is not None  # `test` loads them or raises
-            found[task] = accuracy(self.expert_logits(task, images), images.labels)
-        return found
-
-    # ---- plumbing ----------------------------------------------------------------------------------
-
-    @property
-    def _tested_with_expert(self) -> tuple[str, ...]:
-        """Tasks with test images, without those that are evaluated only."""
-        return tuple(task for task in self.data.tested_tasks if task in self.vectors.tasks)
-
-    @property
-    def data(self) -> MultiTaskData:
-        """The trainer's data module."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, MultiTaskData):
-            raise InputError("MergeTask needs a MultiTaskData.", "Pass trainer.fit(task, datamodule=data).")
-        return data
-
     def setup(self, stage: str) -> None:
         """Check that data and experts agree, before any work."""
         unknown = [task for task in self.data.adapting_tasks if task not in self.vectors.tasks]
@@ -537,21 +341,6 @@ class MergeTask(pl.LightningModule):
         """From now on a router gives each sample its mixture, whatever is beside it."""
         (self.mixture or self.coefficients).eval()
 
-    def on_validation_start(self) -> None:
-        """Merge once for the whole pass."""
-        self._merge_for_evaluation()
-
-    def on_test_start(self) -> None:
-        """Merge once for the whole pass, and count from zero."""
-        self._merge_for_evaluation()
-        for task in self.data.tested_tasks:
-            n_classes = len(self.heads[task].weight)
-            self._accuracy[task] = MulticlassAccuracy(n_classes, average="micro").to(self._where)
-
-    def on_predict_start(self) -> None:
-        """Merge once for the whole pass."""
-        self._merge_for_evaluation()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what resuming must agree with; coefficients and optimizer are there already.
 
@@ -587,36 +376,6 @@ class MergeTask(pl.LightningModule):
                     "Resume with the configuration and weights that it was written with.",
                 )
         self.objective.load_per_task_state(saved["objective"])
-
-    def _place(self) -> None:
-        is_lossless, where = self.experts is self.vectors, self._where
-        if self.mixture is not None:  # it holds the same parts: they must not stand on the device twice
-            mixture = self.mixture.to(where)
-            self.vectors, self.backbone, self.heads = mixture.vectors, mixture.backbone, mixture.heads
-        self.vectors, self.backbone = self.vectors.to(where), self.backbone.to(where)
-        self.heads = {task: head.to(where) for task, head in self.heads.items()}
-        self.experts = self.vectors if is_lossless else self.experts.to(where)
-        rest, read = self.vectors.rest, set(self.backbone.names)
-        self._fixed = {n: self._on_device(t.float()) for n, t in rest.items() if n in read}
-
-    @torch.no_grad()
-    def _merge_for_evaluation(self) -> None:
-        self._place()
-        self._weights = self.evaluated()
-
-    @property
-    def _where(self) -> torch.device:
-        """The device of the frozen parts: Lightning takes the module itself off it after each stage."""
-        return self.trainer.strategy.root_device if self._trainer else self.device
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._where)
-
-    def _matrix(self) -> Float[Tensor, "task tensor"]:
-        return self._on_device(self.coefficients())
-
-    def _world_size(self) -> int:
-        return self._trainer.world_size if self._trainer else 1
 
 
 def _difference(saved: Any, ours: Any) -> str:

@@ -1,0 +1,181 @@
+"""The parts of a merged model: base and vectors, backbone, heads and coefficients; its weights and logits."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adamerge.coefficients import Coefficients, Learned, Routing
+from adamerge.data.datasets import Images
+from adamerge.data.module import MultiTaskData
+from adamerge.errors import InputError
+from adamerge.mixture import Mixture
+from adamerge.models import Backbone, Head, recalibrate, walk
+from adamerge.state import State
+from adamerge.vectors import TaskVectors
+
+
+class MergedParts(pl.LightningModule):
+    """A base, its experts and coefficients: one merged model, or a `Mixture` where they are a `Routing`.
+
+    The module's only parameters are the coefficients', in fp32; base, vectors, backbone and heads are
+    frozen and stay out of checkpoints. For the arguments see `MergeTask`.
+    """
+
+    def __init__(
+        self,
+        vectors: TaskVectors,
+        backbone: Backbone,
+        heads: Mapping[str, Head],
+        *,
+        coefficients: Coefficients | None,
+        experts: TaskVectors | None,
+        recalibrate: int,
+    ) -> None:
+        super().__init__()
+        missing = [task for task in vectors.tasks if task not in heads]
+        if missing:
+            raise InputError(f"experts {missing} have no head.", f"Heads were given for {list(heads)}.")
+        self.vectors, self.backbone, self.heads = vectors, backbone, dict(heads)
+        self.experts = experts or vectors
+        self.coefficients = coefficients or Learned()
+        self.recalibrate = recalibrate
+        self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
+        self._mixture: list[Mixture] = []  # in a list, so that its parameters are not the module's
+        self._weights: State = {}
+        self._fixed: dict[str, Tensor] = {}
+        if isinstance(self.coefficients, Routing):
+            if recalibrate:
+                raise InputError("recalibrate is of no use to a router: inputs differ.", "Leave it out.")
+            self._mixture.append(Mixture(vectors, backbone, self.heads, self.coefficients))
+        else:
+            self.coefficients.build(vectors.tasks, vectors.names)
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The model whose weights depend on the input; None where coefficients are static."""
+        return next(iter(self._mixture), None)
+
+    def weights(self, coefficients: Float[Tensor, "task tensor"]) -> State:
+        """Give what the backbone reads, in fp32, under these coefficients; differentiable in them."""
+        return self.vectors.merge(coefficients, self.read_names) | self._fixed
+
+    def merged_state(self) -> State:
+        """Give the complete merged model, on the CPU, ready for `adamerge.save`.
+
+        Raises:
+            InputError: The model differs from input to input.
+        """
+        if self.mixture is not None:
+            raise InputError("a routed model has no single state.", "Save it: adamerge.save_mixture(...).")
+        state = self.vectors.state(self._matrix())
+        return state | self._recalibrated({n: state[n].float() for n in self.backbone.names})
+
+    @torch.no_grad()
+    def evaluated(self) -> State:
+        """Give the weights of the static model as it is evaluated; nothing where there is a mixture."""
+        if self.mixture is not None:
+            return {}
+        weights = self.weights(self._matrix())
+        return {**weights, **self._recalibrated(weights)}
+
+    def _recalibrated(self, weights: State) -> dict[str, Tensor]:
+        """Give the BatchNorm statistics that some adaptation images have under these weights."""
+        if not self.recalibrate:
+            return {}
+        parts = {task: self.data.adaptation(task) for task in self.data.adapting_tasks}
+        few = {task: images.sample(self.recalibrate).images for task, images in parts.items()}
+        found = recalibrate(self.backbone, weights, few)
+        return {name: value for name, value in found.items() if value is not weights[name]}
+
+    def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
+        """Classify one task's images under given weights."""
+        return self.heads[task].logits(self.backbone.features(weights, images))
+
+    @torch.no_grad()
+    def expert_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
+        """Give the logits of a task's own expert, on the CPU, in fp32 without autocast."""
+        weights = self._expert_weights(task)
+        return self._walk(lambda batch: self.logits(weights, task, batch), images)
+
+    @torch.no_grad()
+    def expert_features(self, task: str, images: Images) -> Float[Tensor, "image dim"]:
+        """Give the features of a task's own expert, on the CPU, in fp32 without autocast."""
+        return self._walk(partial(self.backbone.features, self._expert_weights(task)), images)
+
+    @torch.no_grad()
+    def merged_logits(
+        self, task: str, images: Images, weights: State | None = None
+    ) -> Float[Tensor, "image class"]:
+        """Give the merged model's logits, on the CPU, in fp32 without autocast.
+
+        Args:
+            task: Whose head.
+            images: What to classify.
+            weights: Those of `evaluated`, where several tasks are asked for.
+        """
+        return self._walk(self._classifier(task, weights), images)
+
+    def _expert_weights(self, task: str) -> State:
+        hot, read = self._on_device(self.experts.one_hot(task)), set(self.backbone.names)
+        return self._fixed | self.experts.merge(hot, [n for n in self.experts.names if n in read])
+
+    def _classifier(self, task: str, weights: State | None = None) -> Callable[[Tensor], Tensor]:
+        """Give the merged model as a function from images to logits of a task's head.
+
+        Args:
+            task: Whose head.
+            weights: Those of a static model, where they are merged already.
+        """
+        if self.mixture is not None:
+            return partial(self.mixture.logits, task=task)
+        return partial(self.logits, weights or self.evaluated(), task)
+
+    def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
+        was_training = self.coefficients.training
+        self.coefficients.eval()  # a router's normalisation must not see its batch
+        with torch.autocast(self._where.type, enabled=False):
+            found = walk(lambda batch: function(self._on_device(batch)), self.data.loader(images))
+        self.coefficients.train(was_training)
+        return found
+
+    @property
+    def data(self) -> MultiTaskData:
+        """The trainer's data module."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, MultiTaskData):
+            raise InputError("MergeTask needs a MultiTaskData.", "Pass trainer.fit(task, datamodule=data).")
+        return data
+
+    def _place(self) -> None:
+        is_lossless, where = self.experts is self.vectors, self._where
+        if self.mixture is not None:  # it holds the same parts: they must not stand on the device twice
+            mixture = self.mixture.to(where)
+            self.vectors, self.backbone, self.heads = mixture.vectors, mixture.backbone, mixture.heads
+        self.vectors, self.backbone = self.vectors.to(where), self.backbone.to(where)
+        self.heads = {task: head.to(where) for task, head in self.heads.items()}
+        self.experts = self.vectors if is_lossless else self.experts.to(where)
+        rest, read = self.vectors.rest, set(self.backbone.names)
+        self._fixed = {n: self._on_device(t.float()) for n, t in rest.items() if n in read}
+
+    @torch.no_grad()
+    def _merge_for_evaluation(self) -> None:
+        self._place()
+        self._weights = self.evaluated()
+
+    @property
+    def _where(self) -> torch.device:
+        """The device of the frozen parts: Lightning takes the module itself off it after each stage."""
+        return self.trainer.strategy.root_device if self._trainer else self.device
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._where)
+
+    def _matrix(self) -> Float[Tensor, "task tensor"]:
+        return self._on_device(self.coefficients())
+
+    def _world_size(self) -> int:
+        return self._trainer.world_size if self._trainer else 1
