@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TaskIdentity,
     )
     from adamerge.optimizers import CMAES, FrankWolfe, NaturalGradient, RandomSearch
+    from adamerge.spaces import Components, Elements
     from adamerge.static import edit, merge
     from adamerge.task import MergeTask
     from adamerge.vectors import LowRankCodec, TaskVectors, rebase, staged_step
@@ -45,7 +46,9 @@ __version__ = "0.1.0"
 _HOME = {
     "Balanced": "objectives",
     "CMAES": "optimizers",
+    "Components": "spaces",
     "Consistency": "objectives",
+    "Elements": "spaces",
     "Entropy": "objectives",
     "FeatureMatching": "objectives",
     "FrankWolfe": "optimizers",
@@ -92,7 +95,9 @@ _HOME = {
 __all__ = [
     "CMAES",
     "Balanced",
+    "Components",
     "Consistency",
+    "Elements",
     "Entropy",
     "FeatureMatching",
     "FrankWolfe",

@@ -203,7 +203,7 @@ _CLASS_NAMES = (
     *(
         f"adamerge.{name}"
         for name in (
-            *("Learned", "Router", "Oracle", "Uniform", "Subspace"),
+            *("Learned", "Components", "Elements", "Router", "Oracle", "Uniform", "Subspace"),
             *(
                 "Entropy",
                 "ReliableEntropy",

@@ -19,8 +19,9 @@ Reads = Literal["input", "block", "token", "task"]
 class Coefficients(nn.Module, ABC):
     """Merging coefficients that an optimizer can change.
 
-    They are configured first and meet their tasks later, in `build`. There are two kinds: static ones,
-    with ``build(tasks, names)`` and ``forward() -> [task, tensor]``; and one mixture per input, `Routing`.
+    They are configured first and meet their tasks later, in `build`. There are three kinds: static ones,
+    with ``build(tasks, names)`` and ``forward() -> [task, tensor]``; finer ones, `adamerge.spaces.Space`,
+    which meet the vectors and merge themselves; and one mixture per input, `Routing`.
     """
 
     @abstractmethod
@@ -28,7 +29,7 @@ class Coefficients(nn.Module, ABC):
         """Create the parameters for these tasks, and tensor names (static) or feature sizes (`Routing`)."""
 
     @abstractmethod
-    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Give coefficients, differentiable in the parameters."""
 
     @abstractmethod

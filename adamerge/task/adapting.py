@@ -20,9 +20,10 @@ from adamerge.objectives import Entropy, Objective
 from adamerge.optimizers import CoefficientOptimizer, Reads
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
+from adamerge.spaces import Space
 from adamerge.state import State
 from adamerge.task.evaluating import Evaluating
-from adamerge.vectors import StepResult, TaskVectors, staged_step
+from adamerge.vectors import StepResult, TaskVectors, leaf_step, staged_step
 
 MakeOptimizer = Callable[[Any], Optimizer]
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -148,7 +149,8 @@ class MergeTask(Evaluating):
             self.objective.begin_step()
         if self._labels:
             batch = {t: part | {"labels": self._labels[t][part["index"]]} for t, part in batch.items()}
-        step = self._static_step if self.mixture is None else self._routed_step
+        step = self._space_step if isinstance(self.coefficients, Space) else self._static_step
+        step = step if self.mixture is None else self._routed_step
         surrogate, gradient = step(batch, scale)
         self.losses = self._gathered(self.losses)
         if self._reads == "loss":
@@ -185,6 +187,12 @@ class MergeTask(Evaluating):
         if apart:
             self._hand_over(matrix, result)
         return ((matrix - matrix.detach()) * result.gradient).sum(), result.gradient
+
+    def _space_step(self, batch: Batch, scale: float) -> tuple[Tensor, None]:
+        """Give a scalar of value 0 with the gradient of coefficients that are finer than a matrix."""
+        passes = [self._pass(tasks, batch) for tasks in shared_passes(batch, self.images_per_pass)]
+        _, surrogate = leaf_step(self._merged(self.read_names), passes, scale=scale)
+        return surrogate, None
 
     @property
     def _reads(self) -> Reads:

@@ -1,7 +1,8 @@
 """The parts of a merged model: base and vectors, backbone, heads and coefficients; its weights and logits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +15,7 @@ from adamerge.data.module import MultiTaskData
 from adamerge.errors import InputError
 from adamerge.mixture import Mixture
 from adamerge.models import Backbone, Head, recalibrate, walk
+from adamerge.spaces import Space
 from adamerge.state import State
 from adamerge.vectors import TaskVectors
 
@@ -52,7 +54,8 @@ class MergedParts(pl.LightningModule):
                 raise InputError("recalibrate is of no use to a router: inputs differ.", "Leave it out.")
             self._mixture.append(Mixture(vectors, backbone, self.heads, self.coefficients))
         else:
-            self.coefficients.build(vectors.tasks, vectors.names)
+            what: Any = vectors if isinstance(self.coefficients, Space) else vectors.names
+            self.coefficients.build(vectors.tasks, what)
 
     @property
     def mixture(self) -> Mixture | None:
@@ -71,7 +74,9 @@ class MergedParts(pl.LightningModule):
         """
         if self.mixture is not None:
             raise InputError("a routed model has no single state.", "Save it: adamerge.save_mixture(...).")
-        state = self.vectors.state(self._matrix())
+        with torch.no_grad():
+            merged = {name: tensor.cpu() for name, tensor in self._merged(self.vectors.names).items()}
+        state = {**merged, **self.vectors.rest}
         return state | self._recalibrated({n: state[n].float() for n in self.backbone.names})
 
     @torch.no_grad()
@@ -79,8 +84,14 @@ class MergedParts(pl.LightningModule):
         """Give the weights of the static model as it is evaluated; nothing where there is a mixture."""
         if self.mixture is not None:
             return {}
-        weights = self.weights(self._matrix())
+        weights = {**self._merged(self.read_names), **self._fixed}
         return {**weights, **self._recalibrated(weights)}
+
+    def _merged(self, names: Sequence[str]) -> State:
+        """Merge some tensors, differentiably."""
+        if isinstance(self.coefficients, Space):
+            return self.coefficients.to(self._where)(self.vectors, set(names))
+        return self.vectors.merge(self._matrix(), names)
 
     def _recalibrated(self, weights: State) -> dict[str, Tensor]:
         """Give the BatchNorm statistics that some adaptation images have under these weights."""

@@ -6,7 +6,7 @@ from adamerge.vectors.low_rank import LowRankBlock, LowRankCodec
 from adamerge.vectors.rebased import Size, rebase, storage
 from adamerge.vectors.sparse import BernoulliCodec, MagnitudeCodec, SparseBlock
 from adamerge.vectors.stacks import Stacks
-from adamerge.vectors.staged import StepResult, staged_step
+from adamerge.vectors.staged import StepResult, leaf_step, staged_step
 from adamerge.vectors.store import STREAM, TaskVectors, make_codec
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Stacks",
     "StepResult",
     "TaskVectors",
+    "leaf_step",
     "make_codec",
     "rebase",
     "staged_step",

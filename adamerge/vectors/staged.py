@@ -75,6 +75,34 @@ def staged_step(
     return StepResult(losses, total, gradients)
 
 
+def leaf_step(
+    merged: State, passes: Iterable[Callable[[State], Tensor]], *, scale: float = 1.0
+) -> tuple[list[Float[Tensor, ""]], Float[Tensor, ""]]:
+    """Differentiate a sum of losses with respect to whatever weights were made from.
+
+    The staged step for weights that are no plain sum of vectors: the graph that made them is walked once,
+    after all passes.
+
+    Args:
+        merged: Weights with their graph.
+        passes: As in `staged_step`.
+        scale: As in `staged_step`.
+
+    Returns:
+        One detached loss per pass; and a scalar of value 0 with the gradient of their sum.
+    """
+    leaves = {name: weight.detach().requires_grad_() for name, weight in merged.items()}
+    losses = []
+    for loss_of in passes:
+        loss = loss_of(leaves)
+        if loss.requires_grad:
+            (loss * scale).backward()
+        losses.append(loss.detach())
+    pairs = [(weight, leaves[name].grad) for name, weight in merged.items() if weight.requires_grad]
+    terms = [((weight - weight.detach()) * (g / scale)).sum() for weight, g in pairs if g is not None]
+    return losses, sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+
 class _Columns:
     """The coefficients' gradient, tensor by tensor: collects the leaves' projected gradients."""
 

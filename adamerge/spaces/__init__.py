@@ -1,0 +1,7 @@
+"""Coefficient spaces finer than one number per task and tensor: of singular components, of entries."""
+
+from adamerge.spaces.base import Space
+from adamerge.spaces.components import Components
+from adamerge.spaces.elements import Elements
+
+__all__ = ["Components", "Elements", "Space"]
