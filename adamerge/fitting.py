@@ -36,6 +36,7 @@ from adamerge.objectives import Objective
 from adamerge.plots import write_routing
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
+from adamerge.shipped import default_recipe, names_a_method
 from adamerge.state import State
 from adamerge.static import METHODS, merge
 from adamerge.static import edit as apply_edit
@@ -235,7 +236,7 @@ class RunCLI(LightningCLI):
             "--resume_anyway", type=bool, default=False, help="Resume although inputs have changed."
         )
         parser.add_argument("--save_every", type=int, default=10, help="Steps between checkpoints.")
-        parser.add_argument("--guard", type=callbacks.CollapseGuard, default={})
+        parser.add_argument("--selector", type=callbacks.Selector, default={})
         parser.add_argument("--gate", type=dict[str, float], default={}, help="Read by `adamerge bench run`.")
         parser.add_argument(
             "--evaluate_baselines",
@@ -298,12 +299,12 @@ class RunCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", str(self.folder))
         if self.subcommand == "fit":
             kwargs["callbacks"] = [*kwargs.get("callbacks", []), *self._callbacks()]
-            kwargs["limit_val_batches"] = 0  # the guard looks at held-out images in its own rhythm
+            kwargs["limit_val_batches"] = 0  # the selector looks at held-out images in its own rhythm
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self) -> list[pl.Callback]:
         settings = self.settings
-        guard = self.config_init[str(self.subcommand)].guard
+        selector = self.config_init[str(self.subcommand)].selector
         checkpoint = ModelCheckpoint(
             self.folder / "checkpoints",
             save_last=True,
@@ -316,7 +317,7 @@ class RunCLI(LightningCLI):
         return [
             callbacks.StepBar(settings.method),
             callbacks.Curves(self.folder),
-            guard,
+            selector,
             callbacks.CoefficientReport(self.folder),
             callbacks.MergedModel(self.folder / "merged", like, self._card()),
             checkpoint,
@@ -381,7 +382,7 @@ class RunCLI(LightningCLI):
         task, data = self.model, self.datamodule
         evaluation = task.evaluation()
         individual = task.evaluate_experts() if self.settings.evaluate_experts else None
-        guard = self.config_init[str(self.subcommand)].guard
+        selector = self.config_init[str(self.subcommand)].selector
         shared = [name for name, count in data.transductive().items() if count]
         return make_row(
             self.settings.method,
@@ -390,7 +391,7 @@ class RunCLI(LightningCLI):
             unknown=evaluation.unknown,
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
-            notes=[*([guard.verdict] if guard.verdict else []), *self._labels_read()],
+            notes=[*([selector.verdict] if selector.verdict else []), *self._labels_read()],
             details=self._routing_details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
@@ -484,6 +485,14 @@ def _is_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def _with_recipe(args: Sequence[str]) -> list[str]:
+    """Put the default recipe under the settings of an adaptation that names no method."""
+    if args[:1] != ["fit"] or not {"-h", "--help", "--print_config"}.isdisjoint(args) or names_a_method(args):
+        return list(args)
+    console.print(f"No method is named: the default recipe is used ({default_recipe().name}).")
+    return ["fit", "--config", str(default_recipe()), *args[1:]]
+
+
 def run(args: Sequence[str]) -> RunCLI:
     """Run one subcommand with these command line arguments.
 
@@ -491,6 +500,7 @@ def run(args: Sequence[str]) -> RunCLI:
         AdamergeError: Something that we can name is wrong.
         jsonargparse.ArgumentError: A key or value of the configuration is wrong.
     """
+    args = _with_recipe(args)
     refuse_repeated_keys([Path(f) for flag, f in pairwise(args) if flag == "--config" and Path(f).is_file()])
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and remarks that no user needs

@@ -13,32 +13,43 @@ from torch.optim import Optimizer
 from adamerge.errors import NumericError
 
 _HINT = "The last good coefficients are back. Try a smaller learning rate or fp32."
+_MANY, _SELDOM = 2**22, 50  # parameters from which on copies are seldom, and how seldom
 
 
 class LastGood:
-    """Remembers coefficients and optimizer moments from before the last step that proved finite."""
+    """Remembers coefficients and optimizer moments from before the last step that proved finite.
+
+    Where they are many, a copy at every step would cost more than the step: then only every 50th is copied.
+    """
 
     def __init__(self) -> None:
+        self._steps, self.under_way = 0, False
         self._candidate: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
         self._good: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
 
     def consider(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Copy the state that the coming step starts from."""
+        self._steps, self.under_way = self._steps + 1, True
+        if self._good and self._steps % _SELDOM and sum(p.numel() for p in module.parameters()) > _MANY:
+            return
         states = [optimizer.state_dict() for optimizer in optimizers]
         self._candidate = copy.deepcopy((dict(module.state_dict()), states))
 
     @property
     def began(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-        """Coefficients and moments that the step under way started from; None between steps."""
+        """Coefficients and moments that the step under way started from; None between steps.
+
+        None, too, where they are many and were not copied: until the optimizer steps they have not changed.
+        """
         return self._candidate
 
     def finish(self) -> None:
         """The step is done: what it left counts from now on."""
-        self._candidate = None
+        self._candidate, self.under_way = None, False
 
     def accept(self) -> None:
         """Losses and gradient at the considered state were finite: it is good."""
-        self._good = self._candidate
+        self._good = self._candidate or self._good
 
     def restore(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Go back to the last good state, or to the first one where none proved good."""

@@ -39,7 +39,7 @@ WRONG = [
     (["--data.batch_size", "abc"], "data.batch_size: expected int, found 'abc'.", ""),
     (["--data.batch_size", "0"], "batch_size=0", "sizes must be positive"),
     (["--save_every", "0"], "save_every=0", "must be 1 or more"),
-    (["--guard.every_n_steps", "-3"], "every_n_steps=-3", "Use 0 or more"),
+    (["--selector.every_n_steps", "-3"], "every_n_steps=-3", "Use 0 or more"),
     (["--model.coefficients.init_args.initial", ".nan"], "initial=nan is not finite.", "Use a number"),
     (["--ckpt_path", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist.", "--ckpt_path last"),
     (["--trainer.precision", "bf17-mixed"], "trainer.precision=bf17-mixed", "Did you mean 'bf16-mixed'?"),

@@ -68,7 +68,7 @@ def same_router(a: Path, b: Path) -> bool:
 def same_end(a: Path, b: Path) -> bool:
     """Tell whether two runs ended with the same router, and learned the same before going back."""
     ends = [torch.load(run / "checkpoints" / "last.ckpt") for run in (a, b)]
-    first, second = (end["callbacks"]["CollapseGuard"]["last"] for end in ends)
+    first, second = (end["callbacks"]["Selector"]["last"] for end in ends)
     assert first
     return same_router(a, b) and all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -152,9 +152,10 @@ class TestResuming:
     @staticmethod
     def options(name: str, steps: int) -> list[str]:
         teacher = ["--model.objective", "adamerge.KLTeacher", "--model.optimizer.init_args.lr", "0.01"]
-        guard = ["--guard.every_n_steps", "5", "--guard.max_images", "20", "--guard.lost_agreement", "9"]
-        guard += ["--guard.top_share", "1.0", "--guard.marginal", "0"]
-        more = [*guard, "--save_every", "4", "--trainer.max_steps", str(steps)]
+        selector = ["--selector.every_n_steps", "5", "--selector.max_images", "20"]
+        selector += ["--selector.lost_agreement", "9", "--selector.top_share", "1.0"]
+        selector += ["--selector.marginal", "0"]
+        more = [*selector, "--save_every", "4", "--trainer.max_steps", str(steps)]
         return [*SMALL, *more, *(teacher if name == "wemoe" else [])]
 
     @pytest.mark.parametrize(

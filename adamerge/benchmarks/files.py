@@ -11,12 +11,6 @@ from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
 
 
-def configs() -> Path:
-    """Folder of the configuration files: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).parents[1]
-    return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
-
-
 def no_benchmark(file: object, error: Exception) -> InputError:
     """Say what a benchmark's file needs."""
     return InputError(

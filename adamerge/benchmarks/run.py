@@ -10,7 +10,7 @@ from typing import Any
 from adamerge import provenance
 from adamerge.atomic import write_text
 from adamerge.benchmarks import gate
-from adamerge.benchmarks.files import configs, dump, no_benchmark, parts_of, read_document
+from adamerge.benchmarks.files import dump, no_benchmark, parts_of, read_document
 from adamerge.benchmarks.opened import BOUNDS, INDIVIDUAL, Models, is_static, measures
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import InputError, nearest, shortlist
@@ -18,6 +18,7 @@ from adamerge.fitting import run
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
+from adamerge.shipped import configs
 from adamerge.static import METHODS
 
 _BARE = ("--evaluate_experts", "false", "--evaluate_baselines", "false")  # they are rows of their own

@@ -26,7 +26,7 @@ class MultiTaskData(pl.LightningDataModule):
     """Unlabelled adaptation images and labelled test images of several tasks.
 
     Each training batch is ``{task: {"images": uint8 [image, 3, h, w], "index": [image]}}``. A part of
-    the adaptation images is held out for label-free monitoring (`validate`, the collapse guard). Under
+    the adaptation images is held out for label-free monitoring (`validate`, the selector). Under
     several processes the tasks are dealt out to them in turn. A task without adaptation images is
     evaluated only.
 
@@ -135,13 +135,13 @@ class MultiTaskData(pl.LightningDataModule):
         """Count, per task, the test images that are among the adaptation images (equal pixels)."""
         counts = {}
         for task in self.tested_tasks:
-            seen = set(self._all_adaptation(task).digests()) if self.tasks[task].adapt else set()
+            seen = set(self.all_adaptation(task).digests()) if self.tasks[task].adapt else set()
             counts[task] = sum(image in seen for image in self.test(task).digests())
         return counts
 
     def fingerprint(self) -> dict[str, str]:
         """Hash every task's images, test labels and head file (SHA-256), for reports and for resuming."""
-        parts = {f"{t} adaptation": _contents(self._all_adaptation(t)) for t in self.adapting_tasks}
+        parts = {f"{t} adaptation": _contents(self.all_adaptation(t)) for t in self.adapting_tasks}
         parts |= {f"{task} test": _contents(self.test(task)) for task in self.tested_tasks}
         heads = {task: spec.head for task, spec in self.tasks.items() if spec.head}
         parts |= {f"{task} head": [Path(head).read_bytes()] for task, head in heads.items()}
@@ -166,7 +166,7 @@ class MultiTaskData(pl.LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """Walk each task's test images, or its adaptation images where it has none."""
         return [
-            self.loader(self.test(task) if spec.test else self._all_adaptation(task))
+            self.loader(self.test(task) if spec.test else self.all_adaptation(task))
             for task, spec in self.tasks.items()
         ]
 
@@ -209,7 +209,7 @@ class MultiTaskData(pl.LightningDataModule):
     def _split(self, task: str) -> tuple[Images, Images]:
         """Give the parts to adapt on and to monitor."""
         if task not in self._splits:
-            self._splits[task] = self._cut(self._all_adaptation(task))
+            self._splits[task] = self._cut(self.all_adaptation(task))
         return self._splits[task]
 
     def _cut(self, images: Images) -> tuple[Images, Images]:
@@ -220,7 +220,8 @@ class MultiTaskData(pl.LightningDataModule):
         adapt = images if len(used) == len(images) else images.part(used.sort().values)
         return adapt, images.part(order[:n_held].sort().values) if n_held else adapt
 
-    def _all_adaptation(self, task: str) -> Images:
+    def all_adaptation(self, task: str) -> Images:
+        """Give all unlabelled images of a task, held out or not."""
         return self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)
 
     def _images(self, task: str, part: str, source: str | None, *, labelled: bool) -> Images:

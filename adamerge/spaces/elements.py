@@ -1,4 +1,6 @@
-"""One coefficient per task and entry of every tensor: the largest space."""
+"""One coefficient per task and entry of every tensor, or per row: the largest spaces."""
+
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,12 +11,15 @@ from adamerge.vectors import TaskVectors
 
 
 class Elements(Space):
-    """One learned coefficient per task and entry, as ProDistill has them (arXiv:2502.12706).
+    """One learned coefficient per task and entry, as ProDistill has them (arXiv:2502.12706), or per row.
 
-    It has as many parameters as all experts together. It needs an objective that says much about every
-    image, such as `FeatureMatching` or `KLTeacher`, and several times the memory of the experts.
+    Per entry there are as many parameters as in all experts together: it needs an objective that says much
+    about every image, such as `FeatureMatching` or `KLTeacher`, and, with Adam, five times the memory of the
+    experts. Per row (ours) each output of a matrix has a coefficient per task; vectors of one axis have one
+    per entry either way.
 
     Args:
+        per: What has a coefficient: an "entry", or a "row" along the first axis.
         initial: The coefficients' start.
         pattern: Which tensors are refined (`re.search`); the others have one number per task. None: all.
 
@@ -22,13 +27,17 @@ class Elements(Space):
         InputError: The pattern is no regular expression.
     """
 
-    def __init__(self, initial: float = 0.3, pattern: str | None = None) -> None:
+    def __init__(
+        self, per: Literal["entry", "row"] = "entry", initial: float = 0.3, pattern: str | None = None
+    ) -> None:
         super().__init__("tensor", initial, pattern=pattern)
-        self.initial = initial
+        self.per, self.initial = per, initial
 
     def refine(self, name: str, vectors: TaskVectors) -> None:
-        """Give every task and entry a coefficient."""
-        self.fine.add(name, torch.full(vectors.blocks[name].shape, self.initial))
+        """Give every task and entry, or row, a coefficient."""
+        n_tasks, *shape = vectors.blocks[name].shape
+        shape = shape if self.per == "entry" else [*shape[:1], *(1 for _ in shape[1:])]
+        self.fine.add(name, torch.full((n_tasks, *shape), self.initial))
 
     def merged(self, name: str, numbers: Numbers, vectors: TaskVectors) -> Float[Tensor, "*param"]:
         """Give base + sum over tasks of coefficients * vector, entry by entry."""
@@ -36,7 +45,7 @@ class Elements(Space):
         return block.base_tensor().to(values) + (values * block.dense().to(values)).sum(0)
 
     def effective(self, name: str, numbers: Numbers) -> Numbers:
-        """Give the mean over entries."""
+        """Give the mean over entries or rows."""
         return self.fine[name].flatten(1).mean(1)
 
     def start(self, name: str) -> Tensor:

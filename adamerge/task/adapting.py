@@ -355,8 +355,9 @@ class MergeTask(Evaluating):
         Of a step that was cut off nothing is kept: normalisation and averages have seen its batch.
         """
         memory, began = self.objective.per_task_state(), self._last_good.began
+        memory = self._memory if self._last_good.under_way else memory
         if began is not None:
-            memory, state = self._memory, began[0]
+            state = began[0]
             checkpoint["state_dict"] = {f"coefficients.{name}": value for name, value in state.items()}
             checkpoint |= {"optimizer_states": began[1]} if "optimizer_states" in checkpoint else {}
         checkpoint[_CHECKPOINT_KEY] = {

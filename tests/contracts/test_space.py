@@ -118,6 +118,11 @@ class TestElements(SpaceContract):
         return Elements()
 
 
+class TestRows(SpaceContract):
+    def make(self) -> Space:
+        return Elements("row")
+
+
 class TestElementsOfSomeTensors(SpaceContract):
     def make(self) -> Space:
         return Elements(pattern="weight")

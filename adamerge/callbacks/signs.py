@@ -1,0 +1,52 @@
+"""Label-free signs of a merged model's health: its predictions beside those of the experts."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from adamerge.objectives import entropy_of
+
+_RELIABLE = 0.4  # of log C: SAR's bound of the entropy of a reliable prediction
+
+
+class Signs(NamedTuple):
+    """Signs of one task, on adaptation images that training does not see.
+
+    Attributes:
+        marginal: Entropy of the mean prediction, divided by log C.
+        top_share: Share of the most frequent predicted class.
+        agreement: Share of images on which the merged model and the task's expert agree.
+        teacher_kl: Mean KL divergence of the merged model's prediction from the expert's, divided by log C.
+        reliable: Share of predictions with an entropy below 0.4 log C, as SAR counts them.
+    """
+
+    marginal: float
+    top_share: float
+    agreement: float
+    teacher_kl: float
+    reliable: float
+
+
+def signs_of(logits: Float[Tensor, "image class"], expert: Float[Tensor, "image class"]) -> Signs:
+    """Measure the signs of one task's predictions beside its expert's."""
+    n_classes = logits.shape[-1]
+    scale = math.log(max(n_classes, 2))
+    ours, theirs = (x.float().log_softmax(-1) for x in (logits, expert))
+    classes = logits.argmax(-1)
+    shares = torch.bincount(classes, minlength=n_classes) / len(classes)
+    return Signs(
+        marginal=float(entropy_of(ours.exp().mean(0, keepdim=True).log())) / scale,
+        top_share=float(shares.max()),
+        agreement=float((classes == expert.argmax(-1)).float().mean()),
+        teacher_kl=float((theirs.exp() * (theirs - ours)).sum(-1).mean()) / scale,
+        reliable=float((entropy_of(ours) < _RELIABLE * scale).float().mean()),
+    )
+
+
+def mean_of(signs: Mapping[str, Signs]) -> Signs:
+    """Average each sign over tasks."""
+    return Signs(*(sum(values) / len(values) for values in zip(*signs.values(), strict=True)))
