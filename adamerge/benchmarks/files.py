@@ -10,11 +10,24 @@ from adamerge.atomic import atomic_folder
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
 
+_SUFFIX = ".yaml"  # of method files
+
 
 def configs() -> Path:
     """Folder of the configuration files: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).parents[1]
     return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
+
+
+def method_file(method: str) -> Path | None:
+    """Find the file of an adaptive method: a path, or the name of one of configs/methods."""
+    path = Path(method) if method.endswith(_SUFFIX) else configs() / "methods" / f"{method}{_SUFFIX}"
+    return path if path.is_file() else None
+
+
+def method_name(method: str) -> str:
+    """Give what a method is called in tables: a file goes by its stem."""
+    return Path(method).stem if method.endswith(_SUFFIX) else method
 
 
 def no_benchmark(file: object, error: Exception) -> InputError:
