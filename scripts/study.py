@@ -6,7 +6,7 @@
     python scripts/study.py grid ...         # composes its own methods: see STARTS and OBJECTIVES
 
 Cases are in `study_cases.py`. Everything that is made lies in --out; a run that was interrupted goes on where
-it was. Static methods (average, ties, individual, ...) do not depend on the seed and are computed once.
+it was. The table has the cases of this call (--cases), and is written after each of them. Static methods (average, ties, individual, ...) do not depend on the seed and are computed once.
 
 The table has the mean over seeds, and its sample standard deviation, of the tasks' mean accuracy; and the
 same of its difference to the accuracy under the run's own initial coefficients.
@@ -195,10 +195,10 @@ def names(found: Sequence[Found]) -> tuple[list[str], list[str]]:
 
 
 def picture(found: Sequence[Found]) -> "Figure":
-    """Draw every method's points above its start, case by case; the bars are the spread over seeds."""
+    """Draw the points above the start of methods that learn, by case; bars are the spread over seeds."""
     from matplotlib.figure import Figure
 
-    methods, cases = names(found)
+    methods, cases = names([each for each in found if each.gain is not None])
     figure = Figure(figsize=(2.5 + 0.9 * len(cases), 4.5))
     axes = figure.add_subplot()
     axes.axhline(0, color="grey", linewidth=0.8)

@@ -28,6 +28,7 @@ from adamerge.errors import DataError, InputError
 from adamerge.models.evaluate import predict_all
 
 Document = dict[str, Any]
+Labelled = tuple[Tensor, Tensor | None]
 NOISE = 80.0  # standard deviation of the corrupted case's pixel noise, of 255
 USELESS_SEED = NOISE_SEED = 0
 SHOTS = {"16": 16, "64": 64, "256": 256, "all": 0}
@@ -110,12 +111,12 @@ class Source:
         document["model"]["experts"] |= {name: expert}
         return document
 
-    def with_images(self, case: str, change: Callable[[str], Tensor]) -> Document:
-        """Give the benchmark with other adaptation images, which are written first; labels stay behind."""
+    def with_images(self, case: str, change: Callable[[str], Labelled]) -> Document:
+        """Give the benchmark with other adaptation images, which are written first."""
         rows = {}
         for task in self.adapting:
             spec, path = self.benchmark.data.tasks[task], self.folder / case / f"{task}.parquet"
-            write_images(path, change(task), spec.image_column or "image")
+            write_images(path, *change(task), (spec.image_column or "image", spec.label_column or "label"))
             rows[task] = {"adapt": str(path), "classes": spec.classes, "templates": spec.templates}
         return self.variant(rows)
 
@@ -134,17 +135,15 @@ class Source:
             transform_key=backbone.transform_key or None,
         )
 
-    def classes(self, task: str) -> Tensor:
-        """Give the classes of a task's adaptation images: their labels, or else what its expert says."""
+    def labels(self, task: str) -> Tensor | None:
+        """Give the labels of a task's adaptation images, where there are any."""
         try:
-            labels = self.images(task, labelled=True).labels
-            assert labels is not None  # `load_images` gives them or raises
-            return labels
+            return self.images(task, labelled=True).labels
         except DataError:
-            self.notes["one_class"] = "sorted by the experts' predictions where sources have no labels"
-            return self._predicted(task)
+            return None
 
-    def _predicted(self, task: str) -> Tensor:
+    def predicted(self, task: str) -> Tensor:
+        """Give what a task's own expert says of its adaptation images."""
         models, loader = self.benchmark.models, self.benchmark.data.loader(self.images(task))
         weights = models.read(models.vectors.state(models.vectors.one_hot(task)))
         device = next(iter(weights.values())).device
@@ -161,10 +160,10 @@ def stress(source: Source) -> Iterator[Case]:
     for size in (1, 2, 4):
         yield Case(f"batch_{size}", partial(source.variant, batch_size=size))
     yield Case("one_class", partial(one_class, source))
-    yield Case("corrupted", partial(source.with_images, "corrupted", lambda t: corrupted(source.images(t))))
+    yield Case("corrupted", partial(corrupted, source))
     if not source.is_embedded:  # those are too small for the library
-        noisy = {task: {"adapt_corruption": "gaussian_noise/3"} for task in tasks}
-        yield Case("gaussian_noise", partial(source.variant, noisy))
+        rows = {task: {"adapt_corruption": "gaussian_noise/3"} for task in tasks}
+        yield Case("gaussian_noise", partial(source.variant, rows))
     yield Case("useless", partial(useless, source))
     yield Case("duplicate", partial(duplicate, source))
     yield Case("foreign", partial(foreign, source))
@@ -211,22 +210,30 @@ def compositions(folder: Path, space: str) -> Iterator[Path]:
 def one_class(source: Source) -> Document:
     """Sort the images by class, and adapt on them in that order."""
 
-    def sort(task: str) -> Tensor:
-        return source.images(task).images[source.classes(task).argsort(stable=True)]
+    def sort(task: str) -> Labelled:
+        labels = source.labels(task)
+        if labels is None:
+            source.notes["one_class"] = "sorted by the experts' predictions where sources have no labels"
+        order = (source.predicted(task) if labels is None else labels).argsort(stable=True)
+        return source.images(task).images[order], None if labels is None else labels[order]
 
     document = source.with_images("one_class", sort)
     document["data"]["order"] = "given"
     return document
 
 
-def corrupted(images: Images) -> Tensor:
+def corrupted(source: Source) -> Document:
+    """Adapt on noisy images."""
+    return source.with_images("corrupted", lambda t: (noisy(source.images(t)), source.labels(t)))
+
+
+def noisy(images: Images) -> Tensor:
     """Add strong noise to all images, and put nothing but noise in the place of every third one."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
     clean = images.images.float()
-    noisy = (clean + NOISE * torch.randn(clean.shape, generator=generator)).round().clamp(0, 255).byte()
-    shape = noisy[::3].shape
-    noisy[::3] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    return noisy
+    found = (clean + NOISE * torch.randn(clean.shape, generator=generator)).round().clamp(0, 255).byte()
+    found[::3] = torch.randint(0, 256, found[::3].shape, generator=generator, dtype=torch.uint8)
+    return found
 
 
 def useless(source: Source) -> Document:
@@ -255,8 +262,10 @@ def foreign(source: Source) -> Document:
     return document
 
 
-def write_images(path: Path, images: Tensor, column: str = "image") -> None:
-    """Write uint8 images losslessly, as a parquet file without labels."""
+def write_images(
+    path: Path, images: Tensor, labels: Tensor | None = None, columns: tuple[str, str] = ("image", "label")
+) -> None:
+    """Write uint8 images losslessly, and labels if there are any, as a parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = []
     for image in images:
@@ -264,7 +273,8 @@ def write_images(path: Path, images: Tensor, column: str = "image") -> None:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "png")
         encoded.append({"bytes": stream.getvalue(), "path": None})
     with atomic_file(path) as file:
-        parquet.write_table(pyarrow.table({column: encoded}), file)
+        known = {} if labels is None else {columns[1]: labels.tolist()}
+        parquet.write_table(pyarrow.table({columns[0]: encoded, **known}), file)
 
 
 def steps_of(method: str) -> int:

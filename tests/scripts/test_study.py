@@ -9,17 +9,19 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from builders import REPOSITORY, write_benchmark
+from builders import REPOSITORY, method, specs, write_benchmark
 from conftest import TASKS
 from safetensors.torch import load_file
 
-from adamerge import MultiTaskData, OpenClipBackbone
+from adamerge import Learned, MultiTaskData, OpenClipBackbone, edit, merge
 from adamerge.benchmarks import Benchmark
 from adamerge.benchmarks import run as benchmark_module
 from adamerge.checkpoints import locate
 from adamerge.data.datasets import Images, load_images
 from adamerge.data.embedded import load_split
 from adamerge.errors import AdamergeWarning, DataError
+from adamerge.fitting import merge_task, open_vectors
+from adamerge.static import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +84,20 @@ def test_one_class_batches_come_in_the_order_of_the_classes(scripts, source, lab
                 raise DataError("there are none")
             return images
 
-        source.images, source._predicted = no_labels, lambda task: first
+        source.images, source.predicted = no_labels, lambda task: first
     found = data_of(source, cases(scripts, source, "stress")["one_class"].make())
     classes = [label_of[digest] for digest in found.adaptation("bars").digests()]
     assert (found.order, classes) == ("given", sorted(classes))
     assert list(source.notes) == ([] if labelled else ["one_class"])
+    if labelled:
+        assert found.adaptation_labels("bars").tolist() == classes
 
 
 def test_predicted_classes_are_the_experts(source) -> None:
     models = source.benchmark.models
     weights = models.read(models.vectors.state(models.vectors.one_hot("bars")))
     logits = models.heads["bars"].logits(models.backbone.features(weights, source.images("bars").images))
-    assert torch.equal(source._predicted("bars"), logits.argmax(-1))
+    assert torch.equal(source.predicted("bars"), logits.argmax(-1))
 
 
 def test_corrupted_images_are_adapted_on_alone(scripts, source) -> None:
@@ -103,6 +107,9 @@ def test_corrupted_images_are_adapted_on_alone(scripts, source) -> None:
     distance = (noisy - clean).abs().mean((1, 2, 3))
     assert (distance > 20).all()
     assert torch.corrcoef(torch.stack([noisy[::3].flatten(), clean[::3].flatten()]))[0, 1].abs() < 0.1
+    assert torch.equal(
+        found.adaptation_labels("bars"), data_of(source, source.variant()).adaptation_labels("bars")
+    )
     assert found.test("bars").digests() == source.benchmark.data.test("bars").digests()
 
 
@@ -142,9 +149,32 @@ def test_fractions_steps_and_compositions(scripts, source) -> None:
     assert {f["model"]["coefficients"]["init_args"]["grouping"] for f in files} == {"task", "block", "tensor"}
 
 
+def test_a_start_is_the_static_merge_that_it_names(scripts, clip: Path) -> None:
+    cases = scripts[1]
+    experts = {task: str(clip / "experts" / f"{task}.safetensors") for task in TASKS}
+    vectors = open_vectors(str(clip / "base"), experts)[0]
+    for start, row in cases.STARTS.items():
+        more = dict(row)
+        coefficients = Learned("tensor", more.pop("initial"))
+        task = merge_task(str(clip / "base"), experts, specs(), coefficients=coefficients, **more)
+        name, options = {
+            "start_0.1": ("task_arithmetic", {"scale": 0.1}),
+            "start_0.3": ("task_arithmetic", {"scale": 0.3}),
+            "start_trimmed": ("ties_trim", {}),
+        }.get(start, (start.removeprefix("start_"), {}))
+        if name in METHODS:
+            expected = merge(vectors, name, dtype=torch.float32, **options)
+        else:
+            expected = edit(vectors, name, density=0.2)
+            expected = expected.state(expected.uniform(0.3))
+        for tensor, value in task.merged_state().items():
+            torch.testing.assert_close(value, expected[tensor], rtol=1e-4, atol=1e-5)
+
+
 def test_a_table_has_means_spreads_and_gains(scripts, source, tmp_path: Path, monkeypatch) -> None:
     study = scripts[0]
-    file = tmp_path / "benchmark.yaml"
+    file, mine = tmp_path / "benchmark.yaml", tmp_path / "mine.yaml"
+    mine.write_text(method("adamerging_task_wise").read_text())
     options = [
         "stress",
         "--benchmark",
@@ -156,7 +186,7 @@ def test_a_table_has_means_spreads_and_gains(scripts, source, tmp_path: Path, mo
         "--steps",
         "2",
     ]
-    options += ["--methods", "regmean,adamerging_task_wise", "--out", str(tmp_path / "out")]
+    options += ["--methods", f"regmean,{mine}", "--out", str(tmp_path / "out")]
     with pytest.warns(AdamergeWarning, match="are equal"):
         study.main(options)
     out = tmp_path / "out"
@@ -165,7 +195,7 @@ def test_a_table_has_means_spreads_and_gains(scripts, source, tmp_path: Path, mo
     runs = {(run["method"], run["case"]): run for run in json.loads((out / "stress.json").read_text())}
     gains = {}
     for case in ("clean", "duplicate"):
-        run = runs["adamerging_task_wise", case]
+        run = runs["mine", case]
         gains[case] = sum(run["accuracy"].values()) / 3 - sum(run["accuracy_at_start"].values()) / 3
         assert float(learned[case]) == pytest.approx(run["mean"], abs=1e-3)
         assert float(learned[f"{case} minus start"]) == pytest.approx(gains[case], abs=1e-3)
