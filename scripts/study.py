@@ -6,10 +6,11 @@
     python scripts/study.py grid ...         # composes its own methods: see STARTS and OBJECTIVES
 
 Cases are in `study_cases.py`. Everything that is made lies in --out; a run that was interrupted goes on where
-it was. The table has the cases of this call (--cases), and is written after each of them. Static methods (average, ties, individual, ...) do not depend on the seed and are computed once.
+it was. Static methods (average, ties, individual, ...) do not depend on the seed and are computed once.
 
-The table has the mean over seeds, and its sample standard deviation, of the tasks' mean accuracy; and the
-same of its difference to the accuracy under the run's own initial coefficients.
+The table has the cases of this call (--cases), and is written after each of them: the mean over seeds, and
+its sample standard deviation, of the tasks' mean accuracy; and the same of its difference to the accuracy
+under the run's own initial coefficients.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def run_one(table: Benchmark, found: Found, method: str, options: list[str]) -> 
 
 def options_of(method: str, case: Case, seed: int, steps: int) -> list[str]:
     """Give a run's further arguments."""
-    options = ["--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
+    options = ["--seed_everything", str(seed)]
     if own := steps_of(method):
         limit = max(1, round(case.factor * (steps or own)))
         options += ["--evaluate_start", "true", "--trainer.max_steps", str(limit)]
@@ -254,4 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AdamergeError as error:
+        raise SystemExit(str(error)) from error
