@@ -245,6 +245,9 @@ class RunCLI(LightningCLI):
             help="Of a router: oracle, hard top-1, uniform, shared.",
         )
         parser.add_argument(
+            "--evaluate_start", type=bool, default=False, help="Also under the initial coefficients."
+        )
+        parser.add_argument(
             "--evaluate_experts", type=bool, default=True, help="Needed for the normalised mean."
         )
 
@@ -392,13 +395,17 @@ class RunCLI(LightningCLI):
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
             notes=[*([selector.verdict] if selector.verdict else []), *self._labels_read()],
-            details=self._routing_details(evaluation),
+            details=self._start_details() | self._routing_details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
 
     def _labels_read(self) -> list[str]:
         """Say so where labels of adaptation images were read."""
         return ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
+
+    def _start_details(self) -> dict[str, Any]:
+        """Tell the accuracy under the initial coefficients, where it is wanted."""
+        return {"start": self.model.evaluate_start()} if self.settings.evaluate_start else {}
 
     def _routing_details(self, evaluation: Evaluation) -> dict[str, Any]:
         """Tell who was routed where, what the honest baselines reach, and what the mixture costs."""

@@ -246,8 +246,8 @@ def test_a_checkpoint_of_other_groups_or_weights_is_refused(clip: Path, tmp_path
 def test_premises_are_checked_before_any_work(clip: Path) -> None:
     task = make_task(clip)
     heads = {name: task.heads[name] for name in TASKS[:2]}
-    with pytest.raises(InputError, match=r"experts \['dots'\] have no head"):
-        type(task)(task.vectors, task.backbone, heads)
+    with pytest.raises(InputError, match=r"data tasks \['dots'\] have no head"):
+        adapt(type(task)(task.vectors, task.backbone, heads), memory_data(), 1)
     data = memory_data()
     data.tasks["extra"] = data.tasks["dots"]
     with pytest.raises(InputError, match=r"data tasks \['extra'\] have no expert.*\n.*has no `adapt` images"):
@@ -262,6 +262,29 @@ def test_premises_are_checked_before_any_work(clip: Path) -> None:
     data.tasks["dots"].classes.pop()
     with pytest.raises(InputError, match="needs a MultiTaskData"):
         make_trainer(1).fit(make_task(clip), train_dataloaders=[0], val_dataloaders=[0])
+
+
+def test_an_expert_without_images_needs_no_head_and_is_merged_like_others(clip: Path) -> None:
+    task, data = make_task(clip, optimizer=adam(1e-2)), memory_data()
+    heads = {name: task.heads[name] for name in TASKS[:2]}
+    task = type(task)(task.vectors, task.backbone, heads, optimizer=adam(1e-2))
+    data.tasks.pop("dots")
+    learned = adapt(task, data, 2)
+    assert (learned != task.coefficients.initial).any(1).all()
+    assert list(task.evaluate()) == list(TASKS[:2])
+
+
+def test_the_start_is_evaluated_without_a_trace(clip: Path) -> None:
+    task, data = make_task(clip, optimizer=adam(1.0)), memory_data(n_test=60)
+    make_trainer(1).fit(task, datamodule=data)
+    end, learned = task.evaluate(), task.coefficients.table()[1].clone()
+    random_state = torch.get_rng_state()
+    start = task.evaluate_start()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(task.coefficients.table()[1], learned)
+    assert task.evaluate() == end
+    task.coefficients.reset()
+    assert task.evaluate() == start != end
 
 
 def test_a_data_set_smaller_than_a_batch_is_walked_again(clip: Path) -> None:

@@ -9,6 +9,20 @@ import yaml
 from adamerge.atomic import atomic_folder
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
+from adamerge.shipped import configs
+
+_SUFFIX = ".yaml"  # of method files
+
+
+def method_file(method: str) -> Path | None:
+    """Find the file of an adaptive method: a path, or the name of one of configs/methods."""
+    path = Path(method) if method.endswith(_SUFFIX) else configs() / "methods" / f"{method}{_SUFFIX}"
+    return path if path.is_file() else None
+
+
+def method_name(method: str) -> str:
+    """Give what a method is called in tables: a file goes by its stem."""
+    return Path(method).stem if method.endswith(_SUFFIX) else method
 
 
 def no_benchmark(file: object, error: Exception) -> InputError:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adamerge.data.module import MultiTaskData
+from adamerge.errors import InputError
 from adamerge.models import Backbone, Head, Statistics
 from adamerge.vectors import TaskVectors
 
@@ -26,7 +27,16 @@ def expert_statistics(
         data: The images.
         digests: SHA-256 of base and experts.
         options: Those of `Statistics`, with its cache.
+
+    Raises:
+        InputError: An expert has no adaptation images.
     """
+    missing = [task for task in vectors.tasks if task not in data.adapting_tasks]
+    if missing:
+        raise InputError(
+            f"experts {missing} have no adaptation images, which statistics are measured on.",
+            "Set data.tasks.TASK.adapt, or choose a method that reads no statistics.",
+        )
     images = "/".join(data.fingerprint().values())
     return Statistics(
         backbone,

@@ -10,7 +10,14 @@ from typing import Any
 from adamerge import provenance
 from adamerge.atomic import write_text
 from adamerge.benchmarks import gate
-from adamerge.benchmarks.files import dump, no_benchmark, parts_of, read_document
+from adamerge.benchmarks.files import (
+    dump,
+    method_file,
+    method_name,
+    no_benchmark,
+    parts_of,
+    read_document,
+)
 from adamerge.benchmarks.opened import BOUNDS, INDIVIDUAL, Models, is_static, measures
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import InputError, nearest, shortlist
@@ -74,8 +81,9 @@ class Benchmark:
         """Let the experts pass the gate, then compute all rows; those that an earlier run finished are read.
 
         Args:
-            methods: Names: "zero_shot", "individual", a static method, or a file of configs/methods.
-            extra: More command line arguments of adaptive methods, by name.
+            methods: Names: "zero_shot", "individual", a static method, or a file of configs/methods; or the
+                path of a method file of one's own.
+            extra: More command line arguments of adaptive methods, by what `methods` calls them.
 
         Returns:
             The rows, with normalised means.
@@ -88,6 +96,8 @@ class Benchmark:
         for method in methods:
             if not is_static(method):
                 self._method_file(method)  # refuses what is unknown before any work
+        if len({method_name(method) for method in methods}) < len(set(methods)):
+            raise InputError("two methods have one name.", "Rename one of the files.")
         write_text(self.config, self.text)
         self.pass_gate()
         rows = [self._row(method, (extra or {}).get(method, ())) for method in methods]
@@ -115,7 +125,7 @@ class Benchmark:
 
     def folder(self, method: str) -> Path:
         """Give the run folder of a method."""
-        return self.out / "methods" / method
+        return self.out / "methods" / method_name(method)
 
     def _refuse_adapting_unseen(self) -> None:
         """Refuse to adapt on images of tasks that the table would call unseen."""
@@ -128,7 +138,7 @@ class Benchmark:
 
     def _row(self, method: str, extra: Sequence[str] = ()) -> ResultRow:
         """Read a finished row, or compute it; a row of other inputs or options counts as none."""
-        folder, stamp = self.folder(method), self.out / "methods" / f"{method}.stamp"
+        folder, stamp = self.folder(method), self.out / "methods" / f"{method_name(method)}.stamp"
         current = self._stamp(method, extra)
         is_ours = stamp.exists() and stamp.read_text(encoding="utf-8") == current
         last_file = folder / ("result.json" if is_static(method) else provenance.MANIFEST)
@@ -153,13 +163,25 @@ class Benchmark:
     def _adapt(self, method: str, more: Sequence[str]) -> None:
         """Run `adamerge fit`."""
         files = ["--config", str(self.config), "--config", str(self._method_file(method))]
-        run(["fit", *files, "--run_dir", str(self.folder(method)), *_BARE, *more])
+        run(
+            [
+                "fit",
+                *files,
+                "--run_dir",
+                str(self.folder(method)),
+                "--method",
+                method_name(method),
+                *_BARE,
+                *more,
+            ]
+        )
 
     def _method_file(self, method: str) -> Path:
-        known = {path.stem: path for path in (configs() / "methods").glob("*.yaml")}
-        if method not in known:
+        found = method_file(method)
+        if found is None:
+            known = [path.stem for path in (configs() / "methods").glob("*.yaml")]
             raise InputError(f"method {method!r} is unknown.", nearest(method, [*known, *METHODS, *BOUNDS]))
-        return known[method]
+        return found
 
     def _stamp(self, method: str, extra: Sequence[str]) -> str:
         """Tell, as text, all that a row depends on."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from adamerge.atomic import write_text
-from adamerge.benchmarks import Benchmark, Definition, configs, define, defined, oracles
+from adamerge.benchmarks import Benchmark, Definition, configs, define, defined, method_file, oracles
 from adamerge.benchmarks.clip import AdaptSplit, Form
 from adamerge.benchmarks.gate import Premises
 from adamerge.benchmarks.report import write_report
@@ -51,7 +51,7 @@ def bench(
         benchmark: clip8, clip14, clip20, clip8-unseen1, clip8-unseen2 or clip4; a YAML file of base, experts
             and tasks; or embedded.
         methods: Names, separated by commas or repeated: zero_shot, individual, any static method or oracle,
-            or a file of configs/methods. Default: the bounds, and all static methods and oracles.
+            a file of configs/methods, or the path of your own. Default: the bounds, static methods, oracles.
         out: Folder of the table and the rows; default: runs/bench/BENCHMARK.
         backbone: Of the CLIP benchmarks: ViT-B-32 (default), ViT-B-16 or ViT-L-14.
         family: Of their checkpoints: tanganke (default), tanganke_lora, task_arithmetic or tall.
@@ -145,8 +145,8 @@ def _stated(
 
 def _settings(method: str, trainer: Mapping[str, Any]) -> list[str]:
     """Write the trainer's settings as arguments, without numbers of steps where there is nothing to learn."""
-    file = configs() / "methods" / f"{method}.yaml"
-    learns = file.exists() and yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    file = method_file(method)
+    learns = file and yaml.safe_load(file.read_text(encoding="utf-8")).get("trainer", {}).get("max_steps", 1)
     kept = {name: value for name, value in trainer.items() if learns or not name.startswith(_LIMITS)}
     return [f"--trainer.{name}={value}" for name, value in kept.items()]
 

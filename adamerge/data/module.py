@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -17,9 +17,10 @@ from adamerge.data.datasets import Images, Preprocess, load_images
 from adamerge.data.labels import require_same_classes
 from adamerge.data.sampling import StepSampler
 from adamerge.data.tasks import TaskSpec, resolve
-from adamerge.errors import AdamergeWarning, InputError
+from adamerge.errors import AdamergeWarning, InputError, nearest
 
 Batch = dict[str, dict[str, Tensor]]
+Order = Literal["shuffled", "given"]
 
 
 class MultiTaskData(pl.LightningDataModule):
@@ -32,13 +33,16 @@ class MultiTaskData(pl.LightningDataModule):
 
     Args:
         tasks: Rows by task name.
-        batch_size: Adaptation images per task and step.
+        batch_size: Adaptation images per task and step, where the task's row has no number of its own.
         eval_batch_size: Images per batch elsewhere.
         holdout: Fraction of each task's adaptation images that adaptation does not see.
-        seed: Seed of the order of images.
+        seed: Seed of the order of images, and of what is held out.
         shots: Adaptation images per task that adaptation uses, chosen by the seed; 0: all.
         num_workers: Worker processes per loader; the images do not depend on it.
         cache: Keep decoded images in the cache folder, where a model's preprocessing has a name.
+        order: Of adaptation images: "shuffled" anew every epoch; or "given": each task's as its source has
+            them, without those held out, which stay random. A source sorted by class is then a stream of
+            batches of one class.
 
     Raises:
         InputError: A row or an option is wrong.
@@ -55,6 +59,7 @@ class MultiTaskData(pl.LightningDataModule):
         shots: int = 0,
         num_workers: int = 0,
         cache: bool = True,
+        order: Order = "shuffled",
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size) < 1 or not 0 <= holdout < 1 or min(shots, num_workers) < 0:
@@ -63,21 +68,23 @@ class MultiTaskData(pl.LightningDataModule):
                 f"shots={shots}, num_workers={num_workers}.",
                 "Batch sizes must be positive, holdout in [0, 1), shots and workers 0 or more.",
             )
-        if batch_size == 1:
-            warnings.warn(
-                "batch_size=1: the entropy of single images collapses easily; 16 is usual.",
-                AdamergeWarning,
-                stacklevel=2,
-            )
+        if order not in get_args(Order):
+            raise InputError(f"order={order!r} is unknown.", nearest(order, get_args(Order)))
         self.tasks = resolve(tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.holdout, self.seed, self.num_workers, self.cache = holdout, seed, num_workers, cache
-        self.shots = shots
+        self.shots, self.order = shots, order
         self.first_step = 0
         self.preprocess: Preprocess | None = None
         self.transform_key: str | None = None
         self._loaded: dict[tuple[str, str], Images] = {}
         self._splits: dict[str, tuple[Images, Images]] = {}
+        if any(self.batch_size_of(task) == 1 for task in self.adapting_tasks):
+            warnings.warn(
+                "batch_size=1: the entropy of single images collapses easily; 16 is usual.",
+                AdamergeWarning,
+                stacklevel=2,
+            )
 
     def use(self, backbone: Any) -> None:
         """Prepare images for a backbone: by its ``preprocess``, which its ``transform_key`` names."""
@@ -86,6 +93,10 @@ class MultiTaskData(pl.LightningDataModule):
         if self.preprocess is not None and not is_known:  # what was loaded is another model's
             self._loaded, self._splits = {}, {}
         self.preprocess, self.transform_key = backbone.preprocess, key
+
+    def batch_size_of(self, task: str) -> int:
+        """Give the number of a task's adaptation images per step."""
+        return self.tasks[task].batch_size or self.batch_size
 
     def adaptation(self, task: str) -> Images:
         """Give the unlabelled images that training steps draw from."""
@@ -193,17 +204,16 @@ class MultiTaskData(pl.LightningDataModule):
         self.first_step = int(state_dict["step"])
 
     def _stream(self, task: str) -> DataLoader[Any]:
-        images = self.adaptation(task)
-        if len(images) < self.batch_size:
+        images, batch_size = self.adaptation(task), self.batch_size_of(task)
+        if len(images) < batch_size:
             warnings.warn(
                 f"task {task!r} has {len(images)} adaptation images, fewer than a batch of "
-                f"{self.batch_size}: some come twice in a step.",
+                f"{batch_size}: some come twice in a step.",
                 AdamergeWarning,
                 stacklevel=2,
             )
-        sampler = StepSampler(
-            len(images), self.batch_size, seed=self.seed, task=task, first_step=self.first_step
-        )
+        options: dict[str, Any] = {"seed": self.seed, "task": task, "first_step": self.first_step}
+        sampler = StepSampler(len(images), batch_size, shuffle=self.order == "shuffled", **options)
         return DataLoader(images, batch_sampler=sampler, num_workers=self.num_workers, collate_fn=_first)
 
     def _split(self, task: str) -> tuple[Images, Images]:
@@ -238,7 +248,7 @@ class MultiTaskData(pl.LightningDataModule):
                 role=role,
                 image_column=spec.image_column,
                 label_column=spec.label_column,
-                corruption=spec.corruption,
+                corruption=spec.corruption if part == "test" else spec.adapt_corruption or spec.corruption,
                 transform_key=self.transform_key if self.cache else None,
             )
         return self._loaded[task, part]

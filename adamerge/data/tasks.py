@@ -30,6 +30,8 @@ class TaskSpec:
         image_column: Column of the images; default: image, img, jpg, jpeg, png or webp.
         label_column: Column of the labels; default: label, fine_label, cls or labels.
         corruption: ``NAME/SEVERITY`` of a corruption of all images, applied before resizing.
+        adapt_corruption: The same of the adaptation images alone, in the place of ``corruption``.
+        batch_size: Adaptation images of this task per step; default: data.batch_size.
 
     Raises:
         InputError: A class name or a template is no text.
@@ -43,6 +45,8 @@ class TaskSpec:
     image_column: str | None = None
     label_column: str | None = None
     corruption: str | None = None
+    adapt_corruption: str | None = None
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):
@@ -61,7 +65,7 @@ def resolve(tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
 
     Raises:
         InputError: A name cannot be a file name, two names differ only in case, a row has no images, a
-            corruption is unknown, or a head file does not exist.
+            corruption is unknown, a batch is empty, or a head file does not exist.
     """
     if not tasks:
         raise InputError("no tasks were given.", "Name at least one task under data.tasks.")
@@ -75,6 +79,8 @@ def _complete(name: str, spec: TaskSpec) -> TaskSpec:
     if source is None:
         raise InputError(f"task {name!r} has no images.", "Give `adapt`, `test`, or both.")
     _check_corruption(name, spec)
+    if spec.batch_size is not None and spec.batch_size < 1:
+        raise InputError(f"task {name!r}: batch_size={spec.batch_size}.", "It must be positive.")
     if source.startswith(EMBEDDED):
         from adamerge.data.embedded import EMBEDDED_TASKS
 
@@ -90,11 +96,15 @@ def _complete(name: str, spec: TaskSpec) -> TaskSpec:
 
 
 def _check_corruption(name: str, spec: TaskSpec) -> None:
-    if spec.corruption is None:
-        return
-    parse_corruption(spec.corruption)
-    if any((source or "").startswith(EMBEDDED) for source in (spec.adapt, spec.test)):
-        raise InputError(f"task {name!r}: embedded images are too small to be corrupted.")
+    for corruption, sources in (
+        (spec.corruption, (spec.adapt, spec.test)),
+        (spec.adapt_corruption, (spec.adapt,)),
+    ):
+        if corruption is None:
+            continue
+        parse_corruption(corruption)
+        if any((source or "").startswith(EMBEDDED) for source in sources):
+            raise InputError(f"task {name!r}: embedded images are too small to be corrupted.")
 
 
 def embedded_source(source: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ class MergeTask(Evaluating):
     Args:
         vectors: The base and its experts.
         backbone: Features of any weights.
-        heads: One frozen head per task.
+        heads: One frozen head per task that has images; an expert without images needs none.
         coefficients: What is learned; default: layer-wise AdaMerging's.
         objective: What is minimised; default: entropy.
         optimizer: Makes the optimizer from parameters; default: Adam at 1e-3, as published.
@@ -57,7 +57,7 @@ class MergeTask(Evaluating):
             wherever it is evaluated or written; 0: they are merged like weights.
 
     Raises:
-        InputError: A task has no head, the objective needs a router or reads no images, or a routed model
+        InputError: The objective needs a router or reads no images, or a routed model
             is to be recalibrated.
     """
 
@@ -303,14 +303,17 @@ class MergeTask(Evaluating):
         self.log_dict(values)
 
     def setup(self, stage: str) -> None:
-        """Check that data and experts agree, before any work."""
+        """Check that data, experts and heads agree, before any work."""
+        headless = [task for task in self.data.tasks if task not in self.heads]
         unknown = [task for task in self.data.adapting_tasks if task not in self.vectors.tasks]
-        unknown += [task for task in self.data.tasks if task not in (*self.heads, *unknown)]
+        unknown += [task for task in headless if task not in (*self.vectors.tasks, *unknown)]
         if unknown:
             raise InputError(
                 f"data tasks {unknown} have no expert.",
                 f"Experts: {list(self.vectors.tasks)}. A task that is evaluated only has no `adapt` images.",
             )
+        if headless:
+            raise InputError(f"data tasks {headless} have no head.", f"Heads: {list(self.heads)}.")
         if self.trainer.precision not in _PRECISIONS:
             raise InputError(
                 f"precision {self.trainer.precision!r} would round the coefficients.",

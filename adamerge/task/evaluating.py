@@ -81,6 +81,17 @@ class Evaluating(MergedParts):
     def _walk_test(self, function: Callable[[Tensor], Tensor], task: str) -> Tensor:
         return self._walk(function, self.data.test(task))
 
+    def evaluate_start(self) -> dict[str, float]:
+        """Give top-1 accuracy in percent under the initial coefficients; nothing else changes."""
+        learned = {name: value.clone() for name, value in self.coefficients.state_dict().items()}
+        self.coefficients.reset()
+        try:
+            with torch.random.fork_rng(devices=[]):  # loaders draw a number, even where they walk in order
+                return self.evaluate()
+        finally:
+            self.coefficients.load_state_dict(learned)
+            self._weights = {}  # they are the start's
+
     @torch.no_grad()
     def evaluate_experts(self) -> dict[str, float]:
         """Give each expert's accuracy in percent on its own task's test images."""

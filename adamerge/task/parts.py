@@ -38,9 +38,6 @@ class MergedParts(pl.LightningModule):
         recalibrate: int,
     ) -> None:
         super().__init__()
-        missing = [task for task in vectors.tasks if task not in heads]
-        if missing:
-            raise InputError(f"experts {missing} have no head.", f"Heads were given for {list(heads)}.")
         self.vectors, self.backbone, self.heads = vectors, backbone, dict(heads)
         self.experts = experts or vectors
         self.coefficients = coefficients or Learned()

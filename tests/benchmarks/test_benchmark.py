@@ -181,6 +181,13 @@ def test_an_unknown_method_names_the_nearest(tiny: Benchmark) -> None:
         tiny.run(["adamerging_layerwise"])
 
 
+def test_two_files_of_one_name_are_refused(tiny: Benchmark, tmp_path: Path) -> None:
+    own = tmp_path / "adamerging_layer_wise.yaml"
+    own.write_text("")
+    with pytest.raises(InputError, match="two methods have one name"):
+        tiny.run(["adamerging_layer_wise", str(own)])
+
+
 def test_embedded_models_are_found_by_name() -> None:
     assert (locate("embedded:base") / "open_clip_config.json").exists()
     assert locate("embedded:mnist").exists()

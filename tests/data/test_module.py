@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CLASSES, TASKS
 
+from adamerge.data import module
 from adamerge.data.module import MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import AdamergeWarning, DataError, InputError
@@ -54,6 +55,45 @@ def test_held_out_images_are_disjoint_from_those_adapted_on(make: Make) -> None:
 def test_without_a_holdout_all_images_serve_both(make: Make) -> None:
     data = make(holdout=0.0)
     assert len(data.adaptation("bars")) == len(data.held_out("bars")) == 12
+
+
+def test_in_the_given_order_a_stream_of_a_sorted_source_has_batches_of_one_class(make: Make) -> None:
+    data = make(order="given", holdout=0.25)
+    batches = images_of(data.train_dataloader(), 3)
+    assert torch.equal(torch.cat(batches)[:9], data.adaptation("circles").images)
+    labels = data.adaptation_labels("circles")
+    assert torch.equal(labels, labels.sort().values)
+    shuffled = images_of(make(holdout=0.25).train_dataloader(), 3)
+    assert not torch.equal(torch.cat(batches), torch.cat(shuffled))
+    held = [module.held_out("circles").digests() for module in (data, make(holdout=0.25))]
+    assert held[0] == held[1]
+
+
+def test_an_unknown_order_names_the_nearest(make: Make, unchecked: None) -> None:
+    with pytest.raises(InputError, match="order='shufled' is unknown.\nDid you mean 'shuffled'"):
+        make(order="shufled")
+
+
+def test_a_task_may_have_batches_of_its_own_size(make: Make) -> None:
+    data = make({"bars": {"batch_size": 6}})
+    batch, _, _ = next(iter(data.train_dataloader()))
+    assert {task: len(part["index"]) for task, part in batch.items()} == {"circles": 4, "bars": 6, "dots": 4}
+    with pytest.warns(AdamergeWarning, match="single images collapses"):
+        make({"bars": {"batch_size": 1}})
+
+
+def test_adaptation_images_alone_can_be_corrupted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    load = module.load_images
+    monkeypatch.setattr(
+        module,
+        "load_images",
+        lambda *args, **options: asked.append(options.pop("corruption")) or load(*args, **options),
+    )
+    data = make({"bars": {"adapt_corruption": "contrast/3", "corruption": "spatter"}})
+    for task in ("bars", "dots"):
+        data.adaptation(task), data.adaptation_labels(task), data.test(task)
+    assert asked == ["contrast/3", "contrast/3", "spatter", None, None, None]
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.25])

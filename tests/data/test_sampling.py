@@ -31,6 +31,16 @@ def test_a_data_set_smaller_than_a_batch_is_walked_more_than_once() -> None:
     assert Counter(sampler(3, 7).batch(0)).most_common()[-1][1] == 2
 
 
+def test_images_in_their_given_order_come_again_and_again() -> None:
+    assert [i for batch in islice(sampler(5, 3, shuffle=False), 4) for i in batch] == [
+        *range(5),
+        *range(5),
+        0,
+        1,
+    ]
+    assert sampler(5, 3, shuffle=False).batch(1) == [3, 4, 0]
+
+
 @pytest.mark.parametrize("key", [{"seed": 1}, {"task": "digits"}])
 def test_seeds_and_tasks_have_orders_of_their_own(key: dict[str, object]) -> None:
     assert sampler(100, 50, **key).batch(0) != sampler(100, 50).batch(0)

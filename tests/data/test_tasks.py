@@ -52,6 +52,12 @@ def test_a_head_file_needs_no_class_names(tmp_path: Path) -> None:
         ({"cars": TaskSpec(classes=["a"])}, "task 'cars' has no images.\nGive `adapt`, `test`, or both"),
         ({"cars": TaskSpec("x", classes=["a"], corruption="fog")}, "corruption 'fog' is unknown"),
         ({"mnist": TaskSpec("embedded:mnist/adapt", corruption="contrast")}, "too small to be corrupted"),
+        ({"mnist": TaskSpec("embedded:mnist/adapt", adapt_corruption="contrast")}, "too small to be"),
+        ({"cars": TaskSpec("x", classes=["a"], adapt_corruption="fog")}, "corruption 'fog' is unknown"),
+        (
+            {"cars": TaskSpec("x", classes=["a"], batch_size=0)},
+            "task 'cars': batch_size=0.\nIt must be positive",
+        ),
         (
             {"cars": TaskSpec("images", classes=["a"], templates=["a photo"])},
             "template 'a photo' has no '{}'",

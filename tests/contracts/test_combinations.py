@@ -1,0 +1,126 @@
+"""Objective x optimizer x coefficients: every pair of the axes takes a step together, or says why it cannot."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from builders import make_task, make_trainer, memory_data, noise
+from conftest import CLASSES, TASKS
+
+import adamerge
+from adamerge import InputError, Learned, Mixed, MultiTaskData, SharpnessAware
+from adamerge.coefficients import Coefficients, Routing
+from adamerge.objectives import Objective
+from adamerge.optimizers import CoefficientOptimizer
+from adamerge.spaces import Space
+
+COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
+    "task": lambda: Learned("task"),
+    "tensor": lambda: Learned("tensor", clamp="on"),
+    "components": lambda: adamerge.Components(rank=0.5),
+    "elements": adamerge.Elements,
+    "rows": lambda: adamerge.Elements("row"),
+    "router": lambda: adamerge.Router("linear"),
+}
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "entropy": adamerge.Entropy,
+    "reliable": lambda: adamerge.ReliableEntropy(threshold=9.0),
+    "balanced": adamerge.Balanced,
+    "kl": adamerge.KLTeacher,
+    "features": adamerge.FeatureMatching,
+    "consistency": adamerge.Consistency,
+    "supervised": adamerge.Supervised,
+    "error_rate": lambda: adamerge.Supervised("error_rate"),
+    "kl_prior": lambda: Mixed([adamerge.KLTeacher(), adamerge.Prior()], [1.0, 0.1]),
+    "prior": adamerge.Prior,
+    "task_identity": adamerge.TaskIdentity,
+    "routing_entropy": adamerge.RoutingEntropy,
+}
+OPTIMIZERS: dict[str, Callable] = {
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "sam": SharpnessAware,
+    "fw": adamerge.FrankWolfe,
+    "fw_soft": partial(adamerge.FrankWolfe, soft=True),
+    "natural": adamerge.NaturalGradient,
+    "cmaes": partial(adamerge.CMAES, population=3),
+    "random": partial(adamerge.RandomSearch, population=3),
+}
+SEARCHES = ("cmaes", "random")
+
+
+def reason_against(objective: str, optimizer: str, coefficients: str) -> str | None:
+    """The rules of what goes together, as a user would read them; in the order in which they are told."""
+    routed, fine = coefficients == "router", coefficients in ("components", "elements", "rows")
+    if objective == "prior":
+        return "alone moves nothing"
+    if not routed and objective in ("task_identity", "routing_entropy"):
+        return "needs a router"
+    if routed and objective == "consistency":
+        return "needs static coefficients"
+    if objective == "error_rate" and optimizer not in SEARCHES:
+        return "has no gradient"
+    if routed and optimizer in ("fw", "fw_soft", "natural", *SEARCHES):
+        return "a router has none"
+    if fine and optimizer in ("fw", "fw_soft", "natural", *SEARCHES):
+        return "needs one matrix"
+    if objective == "kl_prior" and optimizer in ("fw_soft", "natural"):
+        return "Leave out Prior"
+    return None
+
+
+@pytest.fixture(scope="module")
+def labelled() -> MultiTaskData:
+    data = memory_data(n_adapt=12, batch_size=2, holdout=0.0)
+    for seed, task in enumerate(TASKS):
+        data._loaded[task, "labelled adaptation"] = noise(12, seed, len(CLASSES[task]))
+    return data
+
+
+def step(clip: Path, data: MultiTaskData, objective: str, optimizer: str, coefficients: str) -> float:
+    """Take one step; give how far it went."""
+    task = make_task(
+        clip,
+        COEFFICIENTS[coefficients](),
+        objective=OBJECTIVES[objective](),
+        optimizer=OPTIMIZERS[optimizer],
+    )
+    before = [value.detach().clone() for value in task.coefficients.parameters()]
+    data.first_step = 0
+    make_trainer(1).fit(task, datamodule=data)
+    assert all(math.isfinite(loss) for loss in task.losses.values())
+    after = task.coefficients.parameters()
+    return sum(float((a.detach() - b).abs().sum()) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_combination_steps_or_says_why_not(
+    clip: Path, labelled: MultiTaskData, objective: str, coefficients: str
+) -> None:
+    for optimizer in OPTIMIZERS:
+        reason = reason_against(objective, optimizer, coefficients)
+        if reason:
+            with pytest.raises(InputError, match=reason):
+                step(clip, labelled, objective, optimizer, coefficients)
+        else:
+            assert step(clip, labelled, objective, optimizer, coefficients) > 0, optimizer
+
+
+def test_the_walk_leaves_out_no_public_part() -> None:
+    """A new objective, optimizer or space belongs into the tables above."""
+
+    def kinds(base: type) -> set[str]:
+        found = {name: getattr(adamerge, name) for name in adamerge.__all__}
+        return {name for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, base)}
+
+    walked = {type(make()).__name__ for make in (*COEFFICIENTS.values(), *OBJECTIVES.values())}
+    made = {getattr(make, "func", make).__name__ for make in OPTIMIZERS.values()}
+    routings = kinds(Routing) - {"Router"}  # they have nothing to learn
+    assert kinds(Objective) <= walked
+    assert kinds(Coefficients) - routings <= walked
+    assert kinds(CoefficientOptimizer) | {"SharpnessAware"} <= made
+    assert kinds(Space) <= walked
