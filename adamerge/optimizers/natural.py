@@ -62,7 +62,8 @@ class NaturalGradient(CoefficientOptimizer):
         """Update the curvature and step.
 
         Raises:
-            InputError: The tasks' gradients are missing, or the coefficients are not one matrix.
+            InputError: The tasks' gradients are missing, the coefficients are not one matrix, or a loss is
+                negative, which the Gauss-Newton matrix cannot have.
         """
         loss, values = self.evaluate(closure), self.values
         if values.grad is None:
@@ -89,6 +90,11 @@ class NaturalGradient(CoefficientOptimizer):
         before: Float[Tensor, "coefficient coefficient"] | None,
     ) -> Float64[Tensor, "coefficient coefficient"]:
         if self.curvature == "gauss_newton":
+            if (losses < 0).any():
+                raise InputError(
+                    f"NaturalGradient: a loss is {float(losses.min()):.3g}; Gauss-Newton needs losses of 0 or more.",
+                    "Use curvature='fisher', or an objective such as KLTeacher.",
+                )
             rows = rows / (2 * losses.clamp(min=1e-12)).sqrt()[:, None]
         found = (1 - self.decay) * rows.T @ rows
         return found if before is None else found + self.decay * before.to(rows)
