@@ -49,8 +49,10 @@ class _Search(CoefficientOptimizer):
     ) -> None:
         if not sigma > 0:
             raise InputError(f"sigma={sigma} is not positive.", "Use e.g. 0.1.")
-        if population is not None and population < 3:
-            raise InputError(f"population={population} is below 3.", "Leave it out: it grows with the model.")
+        if (
+            population is not None and population < 4
+        ):  # of three, one parent is left, and the library divides by zero
+            raise InputError(f"population={population} is below 4.", "Leave it out: it grows with the model.")
         if keep not in ("mean", "best"):
             raise InputError(f"keep={keep!r} is unknown.", "Use 'mean' or 'best'.")
         super().__init__(params, {})
