@@ -24,6 +24,7 @@ _COMMANDS = {
     "convert": "write an old pickled checkpoint as safetensors, without running it: adamerge convert OLD",
     "data": "count and check a benchmark's images: adamerge data check --benchmark clip8",
     "bench": "a table of methods on one benchmark: adamerge bench run clip8 --backbone ViT-B-32",
+    "evolve": "search which blocks of several models run, in which order: adamerge evolve BENCHMARK",
     "table": "one table of several runs: adamerge table RUN RUN ...",
     "demo": "merge the shipped experts by every method; writes runs/demo/",
     "verify": "re-hash a finished run: adamerge verify RUN",

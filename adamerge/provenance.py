@@ -25,8 +25,9 @@ _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "config.run_dir",
 )
 _STATIC = "The weights are one static model in the base's own layout; they load without adamerge.\n"
-_ROUTED = """Every input gets weights of its own: the shared model plus a mixture of the experts. adamerge
-loads them, and runs no code of this folder:
+_ROUTED = "Every input gets weights of its own: the shared model plus a mixture of the experts.\n"
+_FLOW = "Blocks of several models run in an order that was searched; `adamerge.json` has it.\n"
+_LOADING = """adamerge loads them, and runs no code of this folder:
 
 ```python
 import adamerge
@@ -118,6 +119,7 @@ def model_card(
     row: ResultRow | None = None,
     *,
     routed: bool = False,
+    flow: bool = False,
 ) -> str:
     """Write a model card in the hub's form: front matter, what was merged, how, and how well.
 
@@ -127,18 +129,20 @@ def model_card(
         config: The resolved configuration.
         row: The evaluated row, once there is one.
         routed: Whether every input gets a mixture of its own.
+        flow: Whether blocks of several models run in an order of their own.
     """
     front = {
         "tags": ["merge", "adamerge"],
         "base_model": list(sources.values()),
         "base_model_relation": "merge",
     }
+    told = (_ROUTED if routed else _FLOW) + _LOADING if routed or flow else _STATIC
     listed = "\n".join(f"- {name}: `{path}` (SHA-256 `{digests[name]}`)" for name, path in sources.items())
     measured = "".join(f"## {title}\n\n{text}\n" for title, text in _measured(row)) if row else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# Merged by adamerge {adamerge.__version__}: {config.get('method', 'adaptive')}\n\n{listed}\n\n"
-        f"{_ROUTED if routed else _STATIC}\n{measured}"
+        f"{told}\n{measured}"
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
     )
 

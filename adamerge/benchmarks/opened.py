@@ -13,7 +13,7 @@ from adamerge.benchmarks.measuring import expert_statistics
 from adamerge.data.module import MultiTaskData
 from adamerge.evaluation import Evaluation, evaluate
 from adamerge.fitting import open_vectors, weight_digests
-from adamerge.models import Backbone, Head, Statistics, open_heads, walk
+from adamerge.models import Backbone, Head, ModuleBackbone, Statistics, open_heads, walk
 from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
 from adamerge.vectors import STREAM, TaskVectors
@@ -56,7 +56,7 @@ class Models:
     def evaluate(self, method: str) -> Evaluation:
         """Evaluate one merged model, or one model per task where the method knows the task."""
         if method in METHODS or method == "zero_shot":
-            weights = self.read(self._merged(method))
+            weights = self.read(self.merged(method))
             return self.accuracy(lambda _: weights)
         if method == INDIVIDUAL:
             hot = self.vectors.one_hot
@@ -64,22 +64,25 @@ class Models:
         edited = edit(self.vectors, method)
         return self.accuracy(lambda task: self.read(dict(expert_tensors(edited, task))), told=True)
 
-    def accuracy(self, weights_of: Callable[[str], State], *, told: bool = False) -> Evaluation:
+    def accuracy(
+        self, weights_of: Callable[[str], State], *, told: bool = False, backbone: Backbone | None = None
+    ) -> Evaluation:
         """Evaluate a model, or one per task, on the test images.
 
         Args:
             weights_of: Gives, by task, all tensors that the backbone reads.
             told: Whether the weights tell the task; then only tasks that have an expert are evaluated.
+            backbone: Another one, which reads the same images.
         """
         weights_of = lru_cache(maxsize=1)(weights_of)
         device = _device()
-        self.backbone.to(device)
+        backbone = (backbone or self.backbone).to(device)
 
         def walk_test(function: Callable[[Tensor], Tensor], task: str) -> Tensor:
             return walk(function, self.data.loader(self.data.test(task)))
 
         def features(batch: Tensor, task: str) -> tuple[Tensor, None]:
-            return self.backbone.features(weights_of(task), batch.to(device)), None
+            return backbone.features(weights_of(task), batch.to(device)), None
 
         with_expert = [task for task in self.data.tested_tasks if task in self.experts]
         tasks = with_expert if told else None
@@ -96,7 +99,7 @@ class Models:
         return open_vectors(self.base, self.experts, codec=self.codec)[0]
 
     @cached_property
-    def backbone(self) -> Backbone:
+    def backbone(self) -> ModuleBackbone:
         """The model of any weights; opening it audits the experts' files, and stores nothing of them."""
         _, backbone = open_vectors(self.base, self.experts, codec=STREAM)
         self.data.use(backbone)
@@ -107,7 +110,8 @@ class Models:
         """Every task's head."""
         return open_heads(self.base, self.data.tasks, self.experts)
 
-    def _merged(self, method: str) -> State:
+    def merged(self, method: str) -> State:
+        """Merge by a static method, or give the base ("zero_shot")."""
         if method == "zero_shot":
             return self.vectors.base_state()
         more = {"statistics": self._statistics} if measures(method) else {}

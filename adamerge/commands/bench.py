@@ -92,7 +92,7 @@ def bench(
         raise InputError(
             f"--{next(iter(given))} is an option of the CLIP benchmarks: {', '.join(defined())}."
         )
-    source = definition.document if definition else _file(benchmark)
+    source = definition.document if definition else benchmark_file(benchmark)
     name = definition.folder if definition else Path(benchmark).stem
     table = Benchmark(
         source,
@@ -119,7 +119,7 @@ def _write(table: Benchmark, rows: list[ResultRow], name: str, definition: Defin
     console.print(f"Table, picture and report are in {table.out}.")
 
 
-def _file(benchmark: str) -> Path:
+def benchmark_file(benchmark: str) -> Path:
     """Find a benchmark's YAML file: a path, or the name of a shipped one."""
     file = Path(benchmark)
     if file.is_file():

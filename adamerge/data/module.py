@@ -108,13 +108,11 @@ class MultiTaskData(pl.LightningDataModule):
         Raises:
             DataError: There are no labels, or they do not fit the task's classes.
         """
-        spec = self.tasks[task]
-        images = self._images(task, "labelled adaptation", spec.adapt, labelled=True)
-        if spec.classes:
-            require_same_classes(task, images, spec.classes, "adaptation")
-        labels = self._cut(images)[0].labels
-        assert labels is not None  # `_images` loads them or raises
-        return labels
+        return self._labels(task, 0)
+
+    def held_out_labels(self, task: str) -> Int64[Tensor, " image"]:
+        """Give the labels of `held_out`'s images: see `adaptation_labels`."""
+        return self._labels(task, 1)
 
     def held_out(self, task: str) -> Images:
         """Give the unlabelled images kept aside for monitoring; all of them where holdout is 0."""
@@ -229,6 +227,15 @@ class MultiTaskData(pl.LightningDataModule):
         used = order[n_held:][: self.shots or None]
         adapt = images if len(used) == len(images) else images.part(used.sort().values)
         return adapt, images.part(order[:n_held].sort().values) if n_held else adapt
+
+    def _labels(self, task: str, part: int) -> Tensor:
+        spec = self.tasks[task]
+        images = self._images(task, "labelled adaptation", spec.adapt, labelled=True)
+        if spec.classes:
+            require_same_classes(task, images, spec.classes, "adaptation")
+        labels = self._cut(images)[part].labels
+        assert labels is not None  # `_images` loads them or raises
+        return labels
 
     def all_adaptation(self, task: str) -> Images:
         """Give all unlabelled images of a task, held out or not."""

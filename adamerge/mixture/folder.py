@@ -12,16 +12,18 @@ from adamerge import coefficients
 from adamerge.atomic import atomic_folder, refuse_existing, require_free_space
 from adamerge.checkpoints import copy_companions, local_path, open_checkpoint, save_tensors
 from adamerge.coefficients import Routing
+from adamerge.dataflow import Flow, FlowBackbone
+from adamerge.dataflow.flow import FOREIGN
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
-from adamerge.models import Backbone, Head, open_backbone
+from adamerge.models import Backbone, Head, ModuleBackbone, open_backbone
 from adamerge.models.opening import format_of
 from adamerge.state import State
 from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
 from adamerge.vectors.ternary import TernaryBlock
 
 DOCUMENT, WEIGHTS, HEADS = "adamerge.json", "model.safetensors", "heads.safetensors"
-_SCHEMA = 1
+_SCHEMA = 1  # one more where there is a flow: an older adamerge would run its blocks in their old order
 _BLOCKS: dict[str, Any] = {b.__name__: b for b in (DenseBlock, LowRankBlock, SparseBlock, TernaryBlock)}
 
 
@@ -65,6 +67,8 @@ def save_mixture(
         "blocks": blocks,
         "aliases": {a: name for a, name in mixture.vectors.aliases.items() if name in mixture.read},
     }
+    if isinstance(mixture.backbone, FlowBackbone):
+        document |= {"schema_version": _SCHEMA + 1, "flow": mixture.backbone.flow.document()}
     with atomic_folder(out, overwrite=overwrite) as folder:
         if like is not None:
             copy_companions(Path(like), folder)
@@ -110,8 +114,9 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
             tensors = open_checkpoint(path / WEIGHTS, role="model")
             names = {name.removeprefix("shared/"): name for name in tensors if name.startswith("shared/")}
             names |= {alias: names[name] for alias, name in document["aliases"].items()}
-            backbone = backbone or open_backbone(path, tensors.renamed(names))
-            mixture = _mixture(tensors, document, backbone)
+            own = {name: file for name, file in names.items() if not name.startswith(FOREIGN)}
+            backbone = backbone or open_backbone(path, tensors.renamed(own))
+            mixture = _mixture(tensors, document, _flowing(backbone, document))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged: {type(error).__name__} {error}.", "Copy it again, or save the model again."
@@ -139,6 +144,15 @@ def _mixture(tensors: State, document: Mapping[str, Any], backbone: Backbone) ->
     if routing is not None:
         routing.load_state_dict(_under("router/", tensors))
     return mixture
+
+
+def _flowing(backbone: Backbone, document: Mapping[str, Any]) -> Backbone:
+    """Lead a backbone through the blocks of a model that was found in data-flow space."""
+    if "flow" not in document:
+        return backbone
+    if not isinstance(backbone, ModuleBackbone):
+        raise InputError("this model's blocks stand in another order.", "Give a ModuleBackbone.")
+    return FlowBackbone(backbone, Flow.read(document["flow"]))
 
 
 def _packed(mixture: Mixture) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -202,7 +216,7 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))
         version = document["schema_version"]
-        is_newer = version > _SCHEMA
+        is_newer = version > _SCHEMA + ("flow" in document)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path} holds no model of adamerge: it has no {DOCUMENT}.",

@@ -1,7 +1,8 @@
 """A backbone turns weights and inputs into features, without ever changing a module."""
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -118,19 +119,33 @@ class ModuleBackbone:
         pool: Callable[[Any], Tensor] = lambda output: output,
         activation: str | None = None,
     ) -> None:
-        self.module = module.eval().requires_grad_(False)
-        parameters = [*module.named_parameters(remove_duplicate=False)]
-        # looking for tied weights takes as long as a small layer: once is enough
-        self._is_tied = len(parameters) > len([*module.parameters()])
-        self.files = {name: prefix + name for name, _ in (*parameters, *module.named_buffers())}
-        self._norms = MergedNorms(module)
-        named = [*module.named_parameters(), *module.named_buffers()]
-        self._names = tuple(prefix + name for name, tensor in named if tensor.is_floating_point())
-        self._hollow = {name for name, tensor in named if tensor.is_meta and tensor.is_floating_point()}
+        parameters = module.named_parameters(remove_duplicate=False)
+        self._hold(module, {name: prefix + name for name, _ in (*parameters, *module.named_buffers())})
         self.transform_key, self.activation, self._pool = transform_key, activation, pool
         self.mean = torch.tensor(mean).reshape(-1, 1, 1)
         self.std = torch.tensor(std).reshape(-1, 1, 1)
         self._preprocess = preprocess
+
+    def _hold(self, module: nn.Module, files: Mapping[str, str]) -> None:
+        self.module, self.files = module.eval().requires_grad_(False), dict(files)
+        # looking for tied weights takes as long as a small layer: once is enough
+        parameters = [*module.named_parameters(remove_duplicate=False)]
+        self._is_tied = len(parameters) > len([*module.parameters()])
+        self._norms = MergedNorms(module)
+        named = [*module.named_parameters(), *module.named_buffers()]
+        self._names = tuple(files[n] for n, tensor in named if n in files and tensor.is_floating_point())
+        self._hollow = {name for name, tensor in named if tensor.is_meta and tensor.is_floating_point()}
+
+    def around(self, module: nn.Module, files: Mapping[str, str]) -> "ModuleBackbone":
+        """Give this backbone with another module: the same preprocessing and pooling, other tensors.
+
+        Args:
+            module: What stands in the place of the module.
+            files: From its tensors to the names that they have in weights.
+        """
+        other = copy.copy(self)
+        other._hold(module, files)
+        return other
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class _Search(CoefficientOptimizer):
     ) -> None:
         if not sigma > 0:
             raise InputError(f"sigma={sigma} is not positive.", "Use e.g. 0.1.")
-        if population is not None and population < 4:
+        if population is not None and population < 4:  # of three the library makes one parent: 0 / 0
             raise InputError(f"population={population} is below 4.", "Leave it out: it grows with the model.")
         if keep not in ("mean", "best"):
             raise InputError(f"keep={keep!r} is unknown.", "Use 'mean' or 'best'.")

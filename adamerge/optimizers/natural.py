@@ -92,7 +92,7 @@ class NaturalGradient(CoefficientOptimizer):
         if self.curvature == "gauss_newton":
             if (losses < 0).any():
                 raise InputError(
-                    f"NaturalGradient: a loss is {float(losses.min()):.3g}; Gauss-Newton needs losses of 0 or more.",
+                    f"a loss is {float(losses.min()):.3g}; Gauss-Newton curvature needs losses of 0 or more.",
                     "Use curvature='fisher', or an objective such as KLTeacher.",
                 )
             rows = rows / (2 * losses.clamp(min=1e-12)).sqrt()[:, None]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from adamerge.checkpoints import open_checkpoint
+from adamerge.dataflow import Flow, FlowBackbone, Step, flow_weights
 from adamerge.errors import InputError
 from adamerge.models import Backbone, ModuleBackbone, OpenClipBackbone, open_backbone
 from adamerge.state import State
@@ -133,6 +134,18 @@ class TestOpenClip(BackboneContract):
         mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
         with torch.no_grad():
             return model.encode_image((inputs / 255 - mean[:, None, None]) / std[:, None, None])
+
+
+class TestFlow(TestOpenClip):
+    """A path through the blocks of model A, in order, is model A."""
+
+    def case(self) -> Case:
+        backbone, state = OpenClipBackbone(self.base), dict(open_checkpoint(self.base))
+        blocks = "transformer.resblocks"
+        flow = FlowBackbone(backbone, Flow(blocks, (Step(0, 0), Step(0, 1))))
+        weights = flow_weights(backbone, blocks, [state])
+        used = {name: weights[name] for name in flow.names}
+        return Case(flow, used | {"head.weight": torch.ones(2)}, uint8_images())
 
 
 class TestTimm(BackboneContract):

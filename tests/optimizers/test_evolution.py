@@ -105,7 +105,7 @@ def test_the_seed_decides() -> None:
     assert not torch.equal(search(CMAES, 3, seed=1), search(CMAES, 3, seed=2))
 
 
-@pytest.mark.parametrize("options", [{"sigma": 0.0}, {"population": 2}, {"keep": "last"}], ids=str)
+@pytest.mark.parametrize("options", [{"sigma": 0.0}, {"population": 3}, {"keep": "last"}], ids=str)
 def test_options_out_of_range_are_refused(options: dict[str, object], unchecked: None) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         CMAES([nn.Parameter(torch.zeros(2, 2))], **options)

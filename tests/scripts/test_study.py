@@ -103,7 +103,7 @@ def test_predicted_classes_are_the_experts(source) -> None:
 def test_corrupted_images_are_adapted_on_alone(scripts, source) -> None:
     found = data_of(source, cases(scripts, source, "stress")["corrupted"].make())
     clean = source.images("bars").images.float()
-    noisy = found._all_adaptation("bars").images.float()
+    noisy = found.all_adaptation("bars").images.float()
     distance = (noisy - clean).abs().mean((1, 2, 3))
     assert (distance > 20).all()
     assert torch.corrcoef(torch.stack([noisy[::3].flatten(), clean[::3].flatten()]))[0, 1].abs() < 0.1
