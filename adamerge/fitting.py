@@ -225,6 +225,14 @@ _CLASS_NAMES = (
 class RunCLI(LightningCLI):
     """One run: its parser, its folder, its callbacks and what it leaves behind."""
 
+    def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
+        self._command = command
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]  no static one can know
+        """Give the one that was asked for: a parser for each of the four takes as long as a tiny run."""
+        return {self._command: super().subcommands()[self._command]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the run and not to the model."""
         parser.link_arguments("data.tasks", "model.tasks")
@@ -256,8 +264,7 @@ class RunCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            command = next((a for a in args if a in self.subcommands()), "fit")
-            known = self._parser(command).get_defaults(skip_validation=True).keys()
+            known = self._parser(self._command).get_defaults(skip_validation=True).keys()
             raise InputError(*explain(str(error), known, _CLASS_NAMES)) from error
 
     def instantiate_classes(self) -> None:
@@ -336,7 +343,7 @@ class RunCLI(LightningCLI):
         if self._is_resuming() and path.exists() and not self.settings.resume_anyway:
             provenance.require_same_inputs(provenance.read_inputs(self.folder), inputs)
         if self.trainer.is_global_zero:
-            write_text(self.folder / "config.yaml", self._resolved())
+            write_text(self.folder / "config.yaml", self._resolved)
             write_text(path, json.dumps(inputs, indent=2) + "\n")
             for logger in self.trainer.loggers:
                 logger.log_hyperparams(inputs)
@@ -471,10 +478,11 @@ class RunCLI(LightningCLI):
             "weights": dict(self.model.vectors.digests),
             "data": self.datamodule.fingerprint(),
             "preprocessing": json.loads(self.model.backbone.transform_key or "{}"),
-            "config": yaml.safe_load(self._resolved()),
+            "config": yaml.safe_load(self._resolved),
             "code": provenance.code_version(),
         }
 
+    @cached_property
     def _resolved(self) -> str:
         config = self.settings.clone()
         for name in ("ckpt_path", "config", "overwrite", "resume_anyway"):
@@ -483,7 +491,7 @@ class RunCLI(LightningCLI):
 
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
-        config = yaml.safe_load(self._resolved())
+        config = yaml.safe_load(self._resolved)
         routed, digests = self.model.mixture is not None, self.model.vectors.digests
         return provenance.model_card(sources, digests, config, row, routed=routed)
 
@@ -515,6 +523,7 @@ def run(args: Sequence[str]) -> RunCLI:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
         return RunCLI(
+            args[0],
             merge_task,
             MultiTaskData,
             save_config_callback=None,

@@ -3,18 +3,14 @@
 import csv
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 import yaml
-from builders import coefficients_of, fit, fit_arguments, method, write_benchmark
-from conftest import CLASSES, TASKS, draw, nudge, write_clip
+from builders import coefficients_of, fit, write_benchmark
+from conftest import TASKS, draw, nudge, rows_of, write_clip
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,11 +29,7 @@ def benchmark(tmp_path: Path, clip: Path, rows: dict) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, clip: Path, pictures: Path) -> tuple[Path, Path]:
     """A benchmark file and the folder of a run that has ended."""
     folder = tmp_path_factory.mktemp("finished")
-    rows = {
-        t: {"adapt": str(pictures / t / "adapt"), "test": str(pictures / t / "test"), "classes": CLASSES[t]}
-        for t in TASKS
-    }
-    benchmark = write_benchmark(folder, clip, rows)
+    benchmark = write_benchmark(folder, clip, rows_of(pictures))
     assert fit(benchmark, folder / "run") == 0
     return benchmark, folder / "run"
 
@@ -181,34 +173,12 @@ def test_two_runs_never_share_a_folder(
     assert (run / "result.json").read_bytes() == before
 
 
-def test_resuming_with_other_inputs_is_refused_by_name(
-    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    assert fit(benchmark, run) == 0
-    more = ["--ckpt_path", "last", "--trainer.max_steps", "8"]
-    assert fit(benchmark, run, "--data.batch_size", "3", *more) == 2
-    assert "config.data.batch_size: 4 before, 3 now" in capsys.readouterr().err
-    assert fit(benchmark, run, "--data.batch_size", "3", "--resume_anyway", "true", *more) == 0
-    assert (run / "curves.csv").read_text().splitlines()[-1].startswith("8,")
-
-
 def test_without_a_checkpoint_there_is_nothing_to_test(
     benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--config", str(benchmark), "--run_dir", str(tmp_path / "no"), "--ckpt_path", "last"]
     assert main(["test", *where]) == 2
     assert "has no checkpoint" in capsys.readouterr().err
-
-
-def test_a_cut_checkpoint_is_named(
-    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert fit(benchmark, tmp_path / "run") == 0
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:1000])
-    assert fit(benchmark, tmp_path / "run", "--ckpt_path", "last") == 2
-    assert "cut off or no checkpoint" in capsys.readouterr().err
 
 
 def test_adapting_on_the_test_images_is_called_transductive(
@@ -274,64 +244,6 @@ def test_a_loss_that_is_not_finite_ends_with_code_4_and_good_coefficients(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_what_is_in_the_way_stays(
-    benchmark: Path, tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, nothing = tmp_path / "run", str(tmp_path / "nothing")
-    assert fit(benchmark, run) == 0
-    assert fit(benchmark, run, "--overwrite", "true", "--model.experts.bars", nothing) == 2
-    assert (run / "result.json").exists()
-    assert fit(benchmark, run, "--overwrite", "true") == 0
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "config.yaml").write_text("mine")
-    for overwrite in ("false", "true"):
-        assert fit(benchmark, project, "--overwrite", overwrite) == 2
-        assert "is not empty and holds no run" in capsys.readouterr().err
-    assert (project / "config.yaml").read_text() == "mine"
-
-
-def test_projected_coefficients_resume_bit_for_bit(benchmark: Path, tmp_path: Path) -> None:
-    how = ["--model.coefficients.init_args.clamp", "projected", "--model.optimizer.init_args.lr", "0.3"]
-    assert fit(benchmark, tmp_path / "whole", *how, "--trainer.max_steps", "9") == 0
-    assert fit(benchmark, tmp_path / "cut", *how, "--trainer.max_steps", "4", "--save_every", "2") == 0
-    again = ["--trainer.max_steps", "9", "--ckpt_path", "last"]
-    assert fit(benchmark, tmp_path / "cut", *how, *again) == 0
-    whole, cut = coefficients_of(tmp_path / "whole"), coefficients_of(tmp_path / "cut")
-    assert all(torch.equal(whole[task], cut[task]) for task in TASKS)
-    assert any((row == 0).any() for row in whole.values())
-
-
-def test_the_last_checkpoint_is_the_finished_run(benchmark: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert fit(benchmark, run, "--save_every", "4") == 0
-    saved = torch.load(run / "checkpoints" / "last.ckpt")
-    written = torch.stack([coefficients_of(run)[task] for task in TASKS])
-    assert saved["global_step"] == 6
-    assert torch.equal(saved["state_dict"]["coefficients.values"], written)
-
-
-def test_a_kill_after_the_last_step_can_still_be_completed(benchmark: Path, tmp_path: Path) -> None:
-    import shutil
-
-    run = tmp_path / "run"
-    assert fit(benchmark, run) == 0
-    expected = coefficients_of(run)
-    for name in (
-        "coefficients.safetensors",
-        "coefficients.csv",
-        "curves.png",
-        "result.json",
-        "manifest.json",
-    ):
-        (run / name).unlink()
-    shutil.rmtree(run / "merged")
-    assert fit(benchmark, run, "--ckpt_path", "last") == 0
-    assert all(torch.equal(expected[task], row) for task, row in coefficients_of(run).items())
-    assert (run / "merged" / "open_clip_model.safetensors").exists()
-    assert verify(str(run)) == 0
-
-
 def test_one_task_is_enough(tmp_path: Path, clip: Path, rows: dict) -> None:
     benchmark = write_benchmark(tmp_path, clip, {"dots": rows["dots"]})
     document = yaml.safe_load(benchmark.read_text())
@@ -367,70 +279,3 @@ def test_precisions_that_cannot_work_are_refused(
 def test_coefficients_that_run_away_are_pointed_at(benchmark: Path, tmp_path: Path) -> None:
     with pytest.warns(AdamergeWarning, match="it ran away"):
         assert fit(benchmark, tmp_path / "run", "--model.optimizer.init_args.lr", "1.0") == 0
-
-
-# A test run in the background may ignore Ctrl-C, and its children would inherit that.
-LISTENING = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
-    "os.execv(sys.executable, [sys.executable, '-m', 'adamerge', *sys.argv[1:]])"
-)
-
-
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LISTENING, *arguments]
-    with log.open("wb") as stream:
-        return subprocess.Popen(command, stderr=stream, stdout=stream, env=environment)
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the curves show the step."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = (run / "curves.csv").read_text().splitlines() if (run / "curves.csv").exists() else []
-        if len(lines) > step:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the run never came to step {step}")
-
-
-@pytest.mark.parametrize(("sign", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 0), (signal.SIGTERM, 0)])
-def test_an_interrupted_run_resumes_bit_for_bit(
-    sign: signal.Signals, workers: int, benchmark: Path, tmp_path: Path
-) -> None:
-    steps = ["--trainer.max_steps", "150", "--save_every", "5", "--data.num_workers"]
-    assert fit(benchmark, tmp_path / "whole", *steps, "0") == 0
-    log = tmp_path / "log"
-    process = start(fit_arguments(benchmark, tmp_path / "cut", *steps, str(workers)), log)
-    wait_for_step(tmp_path / "cut", 17, process)
-    process.send_signal(sign)
-    code = process.wait(60)
-    assert not (tmp_path / "cut" / "result.json").exists()
-    if sign != signal.SIGKILL:
-        assert code == 130
-        assert "Resume with: adamerge fit" in log.read_text()
-    assert fit(benchmark, tmp_path / "cut", *steps, "0", "--ckpt_path", "last") == 0
-    whole, cut = coefficients_of(tmp_path / "whole"), coefficients_of(tmp_path / "cut")
-    assert all(torch.equal(whole[task], cut[task]) for task in TASKS)
-    curves = [(tmp_path / name / "curves.csv").read_text() for name in ("whole", "cut")]
-    assert curves[0] == curves[1]
-
-
-def test_two_processes_learn_what_one_does(benchmark: Path, tmp_path: Path) -> None:
-    assert fit(benchmark, tmp_path / "one", name="reliable_layer_wise") == 0
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
-    arguments = fit_arguments(benchmark, tmp_path / "two", *two, name="reliable_layer_wise")
-    assert start(arguments, tmp_path / "log").wait(120) == 0, (tmp_path / "log").read_text()
-    one, both = coefficients_of(tmp_path / "one"), coefficients_of(tmp_path / "two")
-    for task in TASKS:
-        torch.testing.assert_close(one[task], both[task], rtol=0, atol=1e-6)
-        assert (one[task] - 0.3).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("path", sorted(method("x").parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_method_file_runs(path: Path, benchmark: Path, tmp_path: Path) -> None:
-    settings = yaml.safe_load(path.read_text())
-    steps = min(settings["trainer"]["max_steps"], 1)  # what has nothing to learn takes none
-    few = ["--trainer.max_steps", str(steps), "--data.batch_size", "4"]
-    assert fit(benchmark, tmp_path / "run", *few, name=path.stem) == 0
-    assert settings["method"] == path.stem

@@ -44,6 +44,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         del METHODS[name]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_to_its_end_and_leaves_nothing_behind(
     notebook: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]

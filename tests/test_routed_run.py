@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from builders import fit, write_benchmark
-from conftest import CLASSES, TASKS
+from conftest import TASKS, rows_of
 from pyarrow import parquet
 
 from adamerge.cli import main
@@ -22,15 +22,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, clip: Path, pictures: Path) ->
     """A finished run of Twin-Merging, with W&B as its guest."""
     pytest.importorskip("wandb")
     folder = tmp_path_factory.mktemp("routed")
-    rows = {
-        t: {"adapt": str(pictures / t / "adapt"), "test": str(pictures / t / "test"), "classes": CLASSES[t]}
-        for t in TASKS
-    }
     run = folder / "run"
     logger = ("--trainer.logger", "adamerge.tracking.SafeWandbLogger", "--trainer.logger.save_dir", str(run))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
-        assert fit(write_benchmark(folder, clip, rows), run, *_SIZES, *logger, name="twin_merging") == 0
+        assert (
+            fit(write_benchmark(folder, clip, rows_of(pictures)), run, *_SIZES, *logger, name="twin_merging")
+            == 0
+        )
     return run
 
 

@@ -204,6 +204,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 def test_the_demo_shows_what_the_readme_claims(demo: Path) -> None:
     table = json.loads((demo / "results.json").read_text())
@@ -220,6 +221,7 @@ def test_the_demo_shows_what_the_readme_claims(demo: Path) -> None:
         assert row["transductive"] == []
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 def test_the_demo_leaves_pictures_curves_a_merged_model_and_an_offline_run(demo: Path) -> None:
     for name in ("accuracy.png", "coefficients.png", "curves.png"):
@@ -232,6 +234,7 @@ def test_the_demo_leaves_pictures_curves_a_merged_model_and_an_offline_run(demo:
     assert set(open_checkpoint(demo / "merged")) == set(open_checkpoint(locate("embedded:base")))
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 def test_a_finished_demo_is_not_computed_again(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (demo / "results.json").read_bytes()

@@ -12,6 +12,7 @@ FILES = sorted((REPOSITORY / "configs" / "methods").glob("*.yaml"))
 _BARE = ("--evaluate_experts", "false", "--evaluate_baselines", "false", "--data.batch_size", "4")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_a_method_file_runs_and_is_named_after_its_method(
     file: Path, tmp_path: Path, clip: Path, rows: dict

@@ -3,9 +3,7 @@
 import json
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 import transformers
 import yaml
 from conftest import TASKS, tiny_config, write_clip
+from processes import exit_code, kill_after, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -260,19 +259,16 @@ def test_help_lists_every_method_and_its_options(capsys: pytest.CaptureFixture[s
 @pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_the_old_output_or_the_new_one(clip: Path, tmp_path: Path) -> None:
     out, tries = tmp_path / "out", random.Random(0)
-    program = [sys.executable, "-m", "adamerge", "merge"]
     main(["merge", "average", *arguments(clip), "--out", str(out)])
     old, new = merged(out), in_python(clip, "task_arithmetic")
-    began = time.monotonic()
-    command = [*program, "task_arithmetic", *arguments(clip), "--overwrite", "--out"]
-    subprocess.run([*command, str(tmp_path / "timed")], check=True, capture_output=True)
-    duration = time.monotonic() - began
+    command, log = ["merge", "task_arithmetic", *arguments(clip), "--overwrite", "--out"], tmp_path / "log"
+    for _ in range(2):  # the first process waits until the server has imported everything
+        began = time.monotonic()
+        assert exit_code(start([*command, str(tmp_path / "timed")], log)) == 0
+        duration = time.monotonic() - began
     outcomes = []
     for _ in range(10):
-        child = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL)
-        time.sleep(duration * tries.uniform(0.5, 1.1))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        kill_after(start([*command, str(out)], log), duration * tries.uniform(0.1, 1.1))
         found = merged(out)
         outcomes.append(torch.equal(found["visual.proj"], new["visual.proj"]))
         expected = new if outcomes[-1] else old
