@@ -5,8 +5,9 @@
 A random image tower and noisy copies of it, as fine-tuned experts, are written once to --folder. Then every
 number of experts, under every codec, takes --steps hard, layer-wise Frank-Wolfe steps on random images in a
 process of its own, with --images-per-task images of each expert's task. `peak_rss_mib` is of the whole
-process from its start to the last step, libraries (`imports_rss_mib`) included; `seconds_per_step` is the
-median. The files are in the page cache, or not, as the system has it.
+process from its start to the last step, libraries (`imports_rss_mib`) included; `seconds_per_step` and
+`cpu_seconds_per_step`, to which other processes do not add, are medians. The files are in the page cache, or
+not, as the system has it.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,13 +96,14 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     """Open the experts, take the steps, and give time and this process's peak memory."""
     imports = step.memory("VmHWM")
     task, batch = build(args)
-    take, taken = step.adaptation_step(task), []
-    for _ in range(args.steps):
-        began = time.perf_counter()
-        take(batch)
-        taken.append(time.perf_counter() - began)
-    peak = {"peak_rss_mib": step.memory("VmHWM"), "imports_rss_mib": imports}
-    return {**peak, "seconds_per_step": median(taken)}
+    take = partial(step.adaptation_step(task), batch)
+    taken = [step.timed(take, task.device) for _ in range(args.steps)]
+    return {
+        "peak_rss_mib": step.memory("VmHWM"),
+        "imports_rss_mib": imports,
+        "seconds_per_step": median(t.wall for t in taken),
+        "cpu_seconds_per_step": median(t.cpu for t in taken),
+    }
 
 
 def build(args: argparse.Namespace) -> tuple[MergeTask, Batch]:
