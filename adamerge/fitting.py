@@ -462,7 +462,7 @@ class RunCLI(LightningCLI):
             "schema_version": provenance.SCHEMA_VERSION,
             "folder": str(Path.cwd()),  # relative paths of the configuration start here
             "weights": dict(self.model.vectors.digests),
-            "data": self.datamodule.fingerprint(),
+            "data": self.datamodule.fingerprint(labelled=self.model.objective.needs_labels),
             "preprocessing": json.loads(self.model.backbone.transform_key or "{}"),
             "config": yaml.safe_load(self._resolved()),
             "code": provenance.code_version(),

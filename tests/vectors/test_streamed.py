@@ -100,7 +100,9 @@ class TestAgainstVectorsInMemory:
     ) -> None:
         alone, dense, read = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0]), expected(block), []
         assert_close(block.combine(alone), dense.combine(alone))
-        monkeypatch.setattr(streamed, "_reader", lambda state, name: read.append(state) or reader(state, name))
+        monkeypatch.setattr(
+            streamed, "_reader", lambda state, name: read.append(state) or reader(state, name)
+        )
         assert_close(block.combine(alone), dense.combine(alone))
         assert read == [block.origins.base, block.origins.experts["b"]]
 
