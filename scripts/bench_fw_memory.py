@@ -4,10 +4,10 @@
 
 A random image tower and noisy copies of it, as fine-tuned experts, are written once to --folder. Then every
 number of experts, under every codec, takes --steps hard, layer-wise Frank-Wolfe steps on random images in a
-process of its own, with --images-per-task images of each expert's task. `peak_rss_mib` is of the whole
-process from its start to the last step, libraries (`imports_rss_mib`) included; `seconds_per_step` and
-`cpu_seconds_per_step`, to which other processes do not add, are medians. The files are in the page cache, or
-not, as the system has it.
+process of its own, with --images-per-task images of each expert's task, one task in a pass. `peak_rss_mib` is
+of the whole process from its start to the last step, libraries (`imports_rss_mib`) included;
+`seconds_per_step` and `cpu_seconds_per_step`, to which other processes do not add, are medians. The files are
+in the page cache, or not, as the system has it.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def build(args: argparse.Namespace) -> tuple[MergeTask, Batch]:
     vectors = TaskVectors.open(folder / "base.safetensors", experts, args.codecs[0])
     dim, size = tower["output_dim"], tower["image_size"]
     heads = {t: Head(100 * nn.functional.normalize(torch.randn(step.N_CLASSES, dim))) for t in experts}
-    task = MergeTask(vectors, backbone, heads, optimizer=FrankWolfe)
+    task = MergeTask(vectors, backbone, heads, optimizer=FrankWolfe, images_per_pass=args.images_per_task)
     task.on_fit_start()
     shape = (args.images_per_task, 3, size, size)
     return task, {t: {"images": torch.randint(256, shape, dtype=torch.uint8)} for t in experts}

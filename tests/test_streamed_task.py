@@ -1,4 +1,4 @@
-"""Experts that stay in their files: Frank-Wolfe learns what it learns on vectors in memory, in small reads."""
+"""Experts that stay in their files: Frank-Wolfe learns the same as on vectors in memory, in small reads."""
 
 from pathlib import Path
 from typing import Any

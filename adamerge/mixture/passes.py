@@ -62,9 +62,8 @@ def task_losses(
     parts = [{k: x.split(sizes)[i] for k, x in more.items() if x is not None} for i in range(len(tasks))]
     found: dict[str, Tensor] = {}
     for task, part, seen in zip(tasks, features.split(sizes), parts, strict=True):
-        ours, theirs = (
-            {} if x is None else _views(heads[task], x) for x in (part, batch[task].get("teacher"))
-        )
+        known = batch[task].get("teacher")
+        ours, theirs = ({} if x is None else _views(heads[task], x) for x in (part, known))
         theirs |= {name: x for name, x in batch[task].items() if name == "labels"}
         if "augmented" in seen:
             seen["augmented"] = heads[task].logits(seen["augmented"])

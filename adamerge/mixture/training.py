@@ -77,7 +77,8 @@ class RouterStep:
         """Take the step's forward and backward passes.
 
         Args:
-            batch: Images of each task, their indices among the images of `prepare`, and what `task_losses` reads.
+            batch: Images of each task, their indices among the images of `prepare`, and what else
+                `task_losses` reads.
             passes: Tasks that share a forward pass.
             scale: Factor of the loss during the backward passes (fp16 under autocast).
         """

@@ -123,6 +123,5 @@ def _read(file: Path) -> Features | None:
 
 
 def _digest(features: Features) -> Tensor:
-    return torch.tensor(
-        [*hashlib.sha256(features.contiguous().numpy().tobytes()).digest()], dtype=torch.uint8
-    )
+    digest = hashlib.sha256(features.contiguous().numpy().tobytes()).digest()
+    return torch.tensor([*digest], dtype=torch.uint8)
