@@ -39,7 +39,7 @@ NOISE = 1e-3  # standard deviation of what an expert adds to the base
 
 def main() -> None:
     """Write the experts, measure case by case, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--model", choices=TOWERS, default="vit-b-32")
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 8, 20])
     parser.add_argument("--codecs", nargs="+", choices=(STREAM, *step.CODEC_DTYPES), default=[STREAM, "fp32"])

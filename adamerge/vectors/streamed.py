@@ -109,15 +109,16 @@ class StreamedBlock(PiecewiseBlock):
         wanted = [*range(len(experts))] if is_new else wanted
         alone = [task for task in wanted if not isinstance(experts[task][1], Checkpoint | dict)]
         together = [task for task in wanted if task not in alone]
-        norms: dict[int, float] = {}
+        base_norm, norms = 0.0, dict[int, float]()
         for tasks in filter(None, (together, *([task] for task in alone))):
             known = {} if is_new else origins.base_norms
             part = Origins(origins.base, dict(experts[task] for task in tasks), base_norms=known)
             yield tasks, StreamedBlock(self.name, part).pieces()
             if is_new:
+                base_norm = part.base_norms[self.name]
                 norms |= zip(tasks, part.vector_norms[self.name], strict=True)
         if is_new:
-            origins.add(self.name, part.base_norms[self.name], [norms[task] for task in sorted(norms)])
+            origins.add(self.name, base_norm, [norms[task] for task in sorted(norms)])
 
     @property
     def _size(self) -> int:

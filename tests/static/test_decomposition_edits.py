@@ -24,7 +24,7 @@ def vectors(n_tasks: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(n_tasks, *shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def both(method: str, stack: Tensor, name: str = "weight", **options: float) -> tuple[Tensor, Tensor]:
+def both(method: str, stack: Tensor, name: str = "weight", **options: Any) -> tuple[Tensor, Tensor]:
     """Give the terms, and what the static method merges."""
     options |= {"name": name} if EDITS[method].needs else {}
     merged = METHODS[method].function(stack, **(OPTIONS[method] | options))
