@@ -72,7 +72,8 @@ def merge_task(
             ``open_clip:ARCHITECTURE=FILE``, or ``embedded:base``.
         experts: Task name to the expert's folder (also PEFT's), safetensors file, or ``embedded:TASK``.
         tasks: The tasks' rows (taken from data.tasks).
-        codec: Stored form of the task vectors: fp32, bf16, fp16, ternary, low_rank, magnitude, bernoulli.
+        codec: Stored form of the task vectors: fp32, bf16, fp16, ternary, low_rank, magnitude, bernoulli; or
+            stream: every step reads the files again, and memory does not grow with the number of experts.
         codec_options: Options of the codec, such as fraction.
         edit: A task-vector edit to apply first, such as ties_trim.
         edit_options: Options of the edit.
@@ -99,19 +100,19 @@ def merge_task(
             "Name a shared model, such as task_arithmetic, or leave them out.",
         )
     form = make_codec(codec, codec_options)
-    vectors, backbone = open_vectors(base, experts, codec=STREAM if shared else form or codec, force=force)
-    if edit is not None:
-        vectors = apply_edit(vectors, edit, **(edit_options or {}))
-    originals = vectors
+    originals, backbone = open_vectors(base, experts, codec=STREAM, force=force)
+    vectors = originals if edit is None else apply_edit(originals, edit, **(edit_options or {}))
     if shared is not None:
-        merged = shared_model(originals, shared, shared_options)
-        routed = [n for n in originals.names if _is_routed(coefficients, n)]
+        merged = shared_model(vectors, shared, shared_options)
+        routed = [n for n in vectors.names if _is_routed(coefficients, n)]
         if relative_to == "base":
-            merged = {**merged, **{name: originals.blocks[name].base_tensor() for name in routed}}
-        vectors = rebase(originals, merged, form or codec, names=routed)
+            merged = {**merged, **{name: vectors.blocks[name].base_tensor() for name in routed}}
+        vectors = rebase(vectors, merged, form or codec, names=routed)
         more = weight_digests(base, shared_file(shared)) if shared_file(shared) else {}
         vectors = replace(vectors, digests={**vectors.digests, **more})
         originals.origins.check()
+    else:
+        vectors = vectors.stored(form or codec)
     heads = open_heads(base, tasks, experts)
     return MergeTask(
         vectors,
@@ -122,7 +123,7 @@ def merge_task(
         optimizer=optimizer,
         images_per_pass=images_per_pass,
         recalibrate=recalibrate,
-        experts=originals,
+        experts=replace(originals, digests=vectors.digests),
     )
 
 
@@ -476,7 +477,7 @@ class RunCLI(LightningCLI):
             "schema_version": provenance.SCHEMA_VERSION,
             "folder": str(Path.cwd()),  # relative paths of the configuration start here
             "weights": dict(self.model.vectors.digests),
-            "data": self.datamodule.fingerprint(),
+            "data": self.datamodule.fingerprint(labelled=self.model.objective.needs_labels),
             "preprocessing": json.loads(self.model.backbone.transform_key or "{}"),
             "config": yaml.safe_load(self._resolved),
             "code": provenance.code_version(),

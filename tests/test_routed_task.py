@@ -105,7 +105,7 @@ def one_step(clip: Path, options: dict[str, Any], codec: str, objective: Objecti
     shared = example(clip, codec)
     parts = shared.vectors, shared.backbone, shared.heads
     task = MergeTask(*parts, Router(**options), objective, optimizer=adam(0.01))
-    task._teacher = teachers(clip)
+    task.known.features = teachers(clip)
     batch = {t: {"images": part.images[:2], "index": torch.arange(2)} for (t, _), part in images_of().items()}
     assert task._router_step is not None
     for t, part in batch.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from adamerge import provenance
 from adamerge.benchmarks import Benchmark, configs, copy_folder
 from adamerge.checkpoints import open_checkpoint
-from adamerge.data.module import MultiTaskData
+from adamerge.data.module import LABELS, MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
 from adamerge.fitting import run, shared_file, weight_digests
@@ -127,7 +127,8 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     images.use(open_backbone(model["base"]))
     sources = {**model["experts"], **shared_file(model.get("shared"))}
     weights = weight_digests(model["base"], sources, fresh=True)
-    found = {"weights": weights, "data": images.fingerprint()}
+    labelled = any(name.endswith(LABELS) for name in inputs["data"])
+    found = {"weights": weights, "data": images.fingerprint(labelled=labelled)}
     return [
         f"{kind} {name}"
         for kind, digests in found.items()

@@ -21,6 +21,7 @@ from adamerge.errors import AdamergeWarning, InputError, nearest
 
 Batch = dict[str, dict[str, Tensor]]
 Order = Literal["shuffled", "given"]
+LABELS = "adaptation labels"  # what a fingerprint calls them
 
 
 class MultiTaskData(pl.LightningDataModule):
@@ -148,10 +149,16 @@ class MultiTaskData(pl.LightningDataModule):
             counts[task] = sum(image in seen for image in self.test(task).digests())
         return counts
 
-    def fingerprint(self) -> dict[str, str]:
-        """Hash every task's images, test labels and head file (SHA-256), for reports and for resuming."""
+    def fingerprint(self, *, labelled: bool = False) -> dict[str, str]:
+        """Hash every task's images, test labels and head file (SHA-256), for reports and for resuming.
+
+        Args:
+            labelled: Hash the adaptation images' labels, too, for objectives that read them.
+        """
         parts = {f"{t} adaptation": _contents(self.all_adaptation(t)) for t in self.adapting_tasks}
         parts |= {f"{task} test": _contents(self.test(task)) for task in self.tested_tasks}
+        if labelled:
+            parts |= {f"{t} {LABELS}": _contents(self._labelled(t)) for t in self.adapting_tasks}
         heads = {task: spec.head for task, spec in self.tasks.items() if spec.head}
         parts |= {f"{task} head": [Path(head).read_bytes()] for task, head in heads.items()}
         return {name: hashlib.sha256(b"".join(digests)).hexdigest() for name, digests in parts.items()}
@@ -230,7 +237,7 @@ class MultiTaskData(pl.LightningDataModule):
 
     def _labels(self, task: str, part: int) -> Tensor:
         spec = self.tasks[task]
-        images = self._images(task, "labelled adaptation", spec.adapt, labelled=True)
+        images = self._labelled(task)
         if spec.classes:
             require_same_classes(task, images, spec.classes, "adaptation")
         labels = self._cut(images)[part].labels
@@ -240,6 +247,9 @@ class MultiTaskData(pl.LightningDataModule):
     def all_adaptation(self, task: str) -> Images:
         """Give all unlabelled images of a task, held out or not."""
         return self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)
+
+    def _labelled(self, task: str) -> Images:
+        return self._images(task, "labelled adaptation", self.tasks[task].adapt, labelled=True)
 
     def _images(self, task: str, part: str, source: str | None, *, labelled: bool) -> Images:
         if (task, part) not in self._loaded:

@@ -43,7 +43,6 @@ def task_losses(
     *,
     heads: Mapping[str, Head],
     objective: Objective,
-    teacher: Mapping[str, Tensor],
     routing: Float[Tensor, "image task"] | None = None,
     augmented: Float[Tensor, "image dim"] | None = None,
 ) -> dict[str, Tensor]:
@@ -52,11 +51,9 @@ def task_losses(
     Args:
         features: Of the pass's images, task after task.
         tasks: The pass's tasks.
-        batch: With the images' indices, where there are teachers, and with one-hot labels, where the
-            objective reads them.
+        batch: With the experts' features ("teacher") and one-hot labels, where the objective reads them.
         heads: Frozen heads.
         objective: What is minimised.
-        teacher: The experts' features of all images, by task; may be empty.
         routing: A router's logits of the same images, for objectives that read them.
         augmented: Features of the images' second view, for objectives that augment.
     """
@@ -65,7 +62,7 @@ def task_losses(
     parts = [{k: x.split(sizes)[i] for k, x in more.items() if x is not None} for i in range(len(tasks))]
     found: dict[str, Tensor] = {}
     for task, part, seen in zip(tasks, features.split(sizes), parts, strict=True):
-        known = teacher[task][batch[task]["index"]] if task in teacher else None
+        known = batch[task].get("teacher")
         ours, theirs = ({} if x is None else _views(heads[task], x) for x in (part, known))
         theirs |= {name: x for name, x in batch[task].items() if name == "labels"}
         if "augmented" in seen:

@@ -73,15 +73,13 @@ class RouterStep:
             found = [self.mixture.router_features(batch["images"].to(device)) for batch in batches]
             self._features[task] = torch.cat(found)
 
-    def __call__(
-        self, batch: Batch, passes: Iterable[Sequence[str]], teacher: Mapping[str, Tensor], scale: float = 1.0
-    ) -> RouterResult:
+    def __call__(self, batch: Batch, passes: Iterable[Sequence[str]], scale: float = 1.0) -> RouterResult:
         """Take the step's forward and backward passes.
 
         Args:
-            batch: Images of each task, and their indices among the images of `prepare`.
+            batch: Images of each task, their indices among the images of `prepare`, and what else
+                `task_losses` reads.
             passes: Tasks that share a forward pass.
-            teacher: The experts' features of those images, by task.
             scale: Factor of the loss during the backward passes (fp16 under autocast).
         """
         logits = self._logits(batch)
@@ -91,7 +89,7 @@ class RouterStep:
         totals = [torch.zeros_like(source) for source in sources]
         losses: dict[str, Tensor] = {}
         for tasks in passes:
-            found = self._losses(tasks, batch, leaves, teacher)
+            found = self._losses(tasks, batch, leaves)
             losses |= {task: loss.detach() for task, loss in found.items()}
             if found:
                 total = torch.stack(list(found.values())).sum() * scale
@@ -109,9 +107,7 @@ class RouterStep:
         parts = self.routing.logits(torch.cat(rows)).split([len(r) for r in rows])
         return dict(zip(batch, parts, strict=True))
 
-    def _losses(
-        self, tasks: Sequence[str], batch: Batch, leaves: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _losses(self, tasks: Sequence[str], batch: Batch, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.objective.reads == "routing":
             found = {task: self.objective(leaves[task], task) for task in tasks}
             return {task: loss for task, loss in found.items() if loss is not None}
@@ -121,5 +117,5 @@ class RouterStep:
         else:
             gates = Gates(self.routing, len(images))
         features = self.mixture.features(images, gates)
-        model: dict[str, Any] = {"heads": self.mixture.heads, "objective": self.objective, "teacher": teacher}
+        model: dict[str, Any] = {"heads": self.mixture.heads, "objective": self.objective}
         return task_losses(features, tasks, batch, routing=gates.mean_logits(), **model)

@@ -1,16 +1,23 @@
 """TSV-Merge: few singular triplets of every task, made orthogonal to one another."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.static.primitives.spectral import OTHERS, Triplets, is_matrix, orthogonal_product, svd
-from adamerge.static.registry import static_method
-
-
-@static_method(
-    title="Task Singular Vectors (TSV-Merge)", source="arXiv:2412.00081", scope="tensor", needs=("name",)
+from adamerge.static.primitives.spectral import (
+    OTHERS,
+    Triplets,
+    is_matrix,
+    orthogonal_product,
+    orthogonal_terms,
+    side_by_side,
+    svd,
 )
+from adamerge.static.registry import static_method, task_vector_edit
+
+_TITLE, _SOURCE = "Task Singular Vectors (TSV-Merge)", "arXiv:2412.00081"
+
+
+@static_method(title=_TITLE, source=_SOURCE, scope="tensor", needs=("name",))
 def tsv(
     vectors: Float[Tensor, "task *param"], *, name: str, scale: float = 1.0, others: list[str] = OTHERS
 ) -> Float[Tensor, "*param"]:
@@ -32,6 +39,32 @@ def tsv(
     """
     if not is_matrix(vectors, name, others):
         return vectors.mean(0)
+    return orthogonal_product(side_by_side(_leading(vectors))).mul_(scale)
+
+
+@task_vector_edit(name="tsv", title=_TITLE, source=_SOURCE, scope="tensor", needs=("name",))
+def tsv_terms(
+    vectors: Float[Tensor, "task *param"], *, name: str, scale: float = 1.0, others: list[str] = OTHERS
+) -> Float[Tensor, "task *param"]:
+    """Give what each task adds to the method's merged vector: with coefficients of 1 the sum is that vector.
+
+    A matrix is left with its own triplets under the singular vectors that all tasks made orthogonal; of every
+    other tensor remains 1/T. (Ours: the start of an adaptation, which learns one coefficient for each.)
+
+    Args:
+        vectors: fp32 task vectors.
+        name: The parameter's name.
+        scale: Coefficient of matrices.
+        others: Patterns (``fnmatch``) of names whose matrices are treated as other tensors.
+
+    Returns:
+        The edited vectors.
+    """
+    if not is_matrix(vectors, name, others):
+        return vectors / len(vectors)
+    return orthogonal_terms(_leading(vectors)).mul_(scale)
+
+
+def _leading(vectors: Float[Tensor, "task row column"]) -> list[Triplets]:
     most = min(vectors.shape[1:]) // len(vectors)
-    parts = zip(*[svd(vector, most) for vector in vectors], strict=True)
-    return orthogonal_product(Triplets(*(torch.cat(part, dim=-1) for part in parts))).mul_(scale)
+    return [svd(vector, most) for vector in vectors]

@@ -17,15 +17,17 @@ from adamerge.static.primitives.spectral import (
     spectrum,
     square_norm,
 )
-from adamerge.static.registry import static_method
+from adamerge.static.registry import static_method, task_vector_edit
 
+_TITLE, _SOURCE = "WUDI-Merging", "arXiv:2503.08099"
 Solver = Literal["adam", "closed_form"]
 Stack = Float[Tensor, "task row column"]
 Weights = Float64[Tensor, " task"]  # one over the squared norm of each task's vector
+Below = Float64[Tensor, "below below"]  # rows of all tasks one below the other
 _WELL_CONDITIONED = 1e-5  # least entry on a Cholesky factor's diagonal, relative to the largest
 
 
-@static_method(title="WUDI-Merging", source="arXiv:2503.08099", scope="tensor")
+@static_method(title=_TITLE, source=_SOURCE, scope="tensor")
 def wudi(
     vectors: Float[Tensor, "task *param"],
     *,
@@ -60,10 +62,50 @@ def wudi(
         raise InputError(f"steps={steps} with lr={lr} leads nowhere.", "Use e.g. steps=300 and lr=1e-5.")
     if not is_matrix(vectors):
         return vectors.mean(0)
-    squares = torch.stack([square_norm(vector) for vector in vectors])
-    weights = torch.where(squares > torch.finfo(torch.float32).tiny, 1 / squares, 0.0)
+    weights = _weights(vectors)
     move = _newton(vectors, weights) if solver == "closed_form" else _descend(vectors, weights, steps, lr)
     return move.add_(vectors.sum(0))
+
+
+@task_vector_edit(name="wudi", title=_TITLE, source=_SOURCE, scope="tensor")
+def wudi_terms(vectors: Float[Tensor, "task *param"]) -> Float[Tensor, "task *param"]:
+    """Give what each task adds to the closed form: with coefficients of 1 the sum is the merged vector.
+
+    The minimum is m = (sum_t v_t G_t) C^+ with the curvature C = sum_t G_t; a task's term is v_t G_t C^+. Of
+    other tensors remains 1/T. (Ours: the start of an adaptation, which learns one coefficient for each.)
+
+    Args:
+        vectors: fp32 task vectors.
+
+    Returns:
+        The edited vectors.
+    """
+    if not is_matrix(vectors):
+        return vectors / len(vectors)
+    weights = _weights(vectors)
+    if _is_wide(vectors):
+        return _wide_terms(vectors, weights)
+    grams = [weight * gram(vector) for vector, weight in zip(vectors, weights, strict=True)]
+    inverse = _pseudo_inverse(torch.stack(grams).sum(0))
+    return torch.stack([product(v, own @ inverse) for v, own in zip(vectors, grams, strict=True)])
+
+
+def _wide_terms(vectors: Stack, weights: Weights) -> Stack:
+    """Give the terms by the smaller of two square matrices, as `_newton` does."""
+    below, scales, inverse = _outer(vectors, weights)
+    grams = [gram(vector.T) for vector in vectors]
+    rows = (scales[:, None] * inverse * scales).split(vectors.shape[1])
+    return torch.stack([product(below.T, (own @ r).T).T for own, r in zip(grams, rows, strict=True)])
+
+
+def _weights(vectors: Stack) -> Weights:
+    squares = torch.stack([square_norm(vector) for vector in vectors])
+    return torch.where(squares > torch.finfo(torch.float32).tiny, 1 / squares, 0.0)
+
+
+def _is_wide(vectors: Stack) -> bool:
+    tasks, rows, columns = vectors.shape
+    return columns > tasks * rows
 
 
 def _descend(vectors: Stack, weights: Weights, steps: int, lr: float) -> Matrix:
@@ -95,12 +137,19 @@ def _newton(vectors: Stack, weights: Weights) -> Matrix:
     slope, curvature = _system(vectors, weights)
     if curvature is not None:
         return product(slope, -_pseudo_inverse(curvature))
+    below, scales, inverse = _outer(vectors, weights)
+    others = [gram((vectors.sum(0) - vector).T, vector.T) for vector in vectors]
+    solved = torch.cat(others, dim=1) * scales @ inverse * scales
+    return product(below.T, -solved.T).T
+
+
+def _outer(
+    vectors: Stack, weights: Weights
+) -> tuple[Float[Tensor, "below column"], Float64[Tensor, " below"], Below]:
+    """Give the vectors one below the other, the scales of their rows, and (B B')^+ of the scaled ones."""
     below = vectors.flatten(0, 1)
     scales = weights.sqrt().repeat_interleave(vectors.shape[1])
-    outer = gram(below.T) * scales * scales[:, None]
-    others = [gram((vectors.sum(0) - vector).T, vector.T) for vector in vectors]
-    solved = torch.cat(others, dim=1) * scales @ _pseudo_inverse(outer) * scales
-    return product(below.T, -solved.T).T
+    return below, scales, _pseudo_inverse(gram(below.T) * scales * scales[:, None])
 
 
 def _system(vectors: Stack, weights: Weights) -> tuple[Float64[Tensor, "row column"], Square | None]:
@@ -108,11 +157,10 @@ def _system(vectors: Stack, weights: Weights) -> tuple[Float64[Tensor, "row colu
 
     The former is exactly 0 where one task alone is at work.
     """
-    tasks, rows, columns = vectors.shape
-    is_wide = columns > tasks * rows
+    rows, columns = vectors.shape[1:]
     start = vectors.sum(0)
     slope = torch.zeros_like(start, dtype=torch.float64)
-    curvature = None if is_wide else torch.zeros(columns, columns, dtype=torch.float64)
+    curvature = None if _is_wide(vectors) else torch.zeros(columns, columns, dtype=torch.float64)
     for vector, weight in zip(vectors, weights, strict=True):
         others = start - vector
         if rows < columns:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
 from adamerge.coefficients import Coefficients
@@ -23,6 +22,7 @@ from adamerge.safety import LastGood, require_finite_parameters, require_finite_
 from adamerge.spaces import Space
 from adamerge.state import State
 from adamerge.task.evaluating import Evaluating
+from adamerge.task.known import Known, facts_of
 from adamerge.vectors import StepResult, TaskVectors, leaf_step, staged_step
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -85,8 +85,7 @@ class MergeTask(Evaluating):
         self.losses: dict[str, Any] = {}  # floats, but tensors within a step
         self._last_good = LastGood()
         self._memory: dict[str, float] = {}  # the objective's, when the step began
-        self._teacher: dict[str, Tensor] = {}
-        self._labels: dict[str, Tensor] = {}
+        self.known = Known()
 
     def _require_fitting_objective(self) -> RouterStep | None:
         """Refuse an objective that these coefficients cannot serve; a router takes steps of its own."""
@@ -147,8 +146,7 @@ class MergeTask(Evaluating):
         self.losses = {}
         if self._reads == "loss":  # one batch is judged many times, each time anew
             self.objective.begin_step()
-        if self._labels:
-            batch = {t: part | {"labels": self._labels[t][part["index"]]} for t, part in batch.items()}
+        batch = self.known.added_to(batch)
         step = self._space_step if isinstance(self.coefficients, Space) else self._static_step
         step = step if self.mixture is None else self._routed_step
         surrogate, gradient = step(batch, scale)
@@ -210,7 +208,7 @@ class MergeTask(Evaluating):
         """Give a scalar of value 0 with the gradient of the router."""
         assert self._router_step is not None  # only a router takes this step
         groups = shared_passes(batch, self.images_per_pass)
-        result = self._router_step(batch, groups, self._teacher, scale)
+        result = self._router_step(batch, groups, scale)
         self.losses |= result.losses
         return result.surrogate, None
 
@@ -262,7 +260,7 @@ class MergeTask(Evaluating):
             features, *more = self.backbone.features({**leaves, **self._fixed}, images).chunk(n_views)
             model: dict[str, Any] = {"heads": self.heads, "objective": self.objective}
             model |= {"augmented": more[0]} if more else {}
-            found = task_losses(features, tasks, batch, teacher=self._teacher, **model)
+            found = task_losses(features, tasks, batch, **model)
             # Tensors until `_gathered` reads all at once.
             self.losses |= {task: loss.detach() for task, loss in found.items()}
             none = features.new_zeros((), dtype=torch.float32)
@@ -341,12 +339,13 @@ class MergeTask(Evaluating):
                 self._router_step.prepare(task, self.data.loader(self.data.adaptation(task)))
         if self.objective.needs_teacher:
             for task in track(self.data.tasks_here(), "Caching the experts' features"):
-                found = self.expert_features(task, self.data.adaptation(task))
-                self._teacher[task] = self._on_device(found)
+                images = self.data.adaptation(task)
+                of_file = facts_of(self.experts, task, self.backbone, images) if self.data.cache else None
+                self.known.teach(task, partial(self.expert_features, task, images), of_file)
         if self.objective.needs_labels:
             for task in self.data.tasks_here():
-                labels = one_hot(self.data.adaptation_labels(task), len(self.heads[task].weight))
-                self._labels[task] = self._on_device(labels.float())
+                self.known.label(task, self.data.adaptation_labels(task), len(self.heads[task].weight))
+        self.known.to(self._where)
 
     def on_fit_end(self) -> None:
         """From now on a router gives each sample its mixture, whatever is beside it."""

@@ -3,7 +3,8 @@
 Merge once; treat the merged tensors as leaves; run forward and backward pass after pass, each graph freed
 at once; project the leaves' gradients onto the vectors. Large gradients are projected and freed while the
 backward runs, so that no copy of the model's gradients ever exists; small ones add up over the passes and
-are projected once, which is faster.
+are projected once, which is faster. So are all of them where vectors stay in their files, which are then
+read twice in a step, however many passes it has: one copy of the gradients is less than the experts.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,12 +112,12 @@ class _Columns:
         self.known: dict[str, Tensor] = {}
 
     def watch(self, leaves: State) -> None:
-        """Take large leaves' gradients as soon as they are there.
+        """Take large leaves' gradients as soon as they are there, but for vectors that stay in their files.
 
         The hooks must not lead back to the leaves: such a cycle would keep them after the step.
         """
         for name, leaf in leaves.items():
-            if leaf.numel() >= _LARGE:
+            if leaf.numel() >= _LARGE and self.blocks[name].n_bytes:
                 leaf.register_post_accumulate_grad_hook(partial(self._take, name))
 
     def matrix(self, leaves: State, names: Sequence[str], zero: Tensor) -> Float[Tensor, "task tensor"]:

@@ -104,12 +104,9 @@ class TaskVectors:
         origins = Origins(base_state, expert_states, force)
         blocks = {name: StreamedBlock(name, origins) for name in kept if name not in aliases}
         rest = {name: base_state[name] for name in base_state if name not in kept}
-        vectors = cls(tuple(experts), blocks, rest, make_codec(codec), origins, aliases)
-        if vectors.codec is None:
-            return vectors
-        vectors = vectors.edit(lambda _, stack: stack, entrywise=True)
-        origins.check()
-        return replace(vectors, digests=origins.digests())
+        form = make_codec(codec)
+        vectors = cls(tuple(experts), blocks, rest, None, origins, aliases)
+        return vectors if form is None else vectors.stored(form)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -183,6 +180,24 @@ class TaskVectors:
             for name, block in Stacks(blocks).walk()
         }
         return replace(self, blocks=stored)
+
+    def stored(self, codec: str | Codec) -> "TaskVectors":
+        """Read all that was not stored yet, check it as `open` does, hash the files, and store it.
+
+        Args:
+            codec: As in `open`; under "stream" all is read, checked and hashed, and nothing stored.
+
+        Raises:
+            InputError: As in `open`.
+        """
+        vectors, form = self, make_codec(codec)
+        if form is not None:
+            vectors = replace(self, codec=form).edit(lambda _, stack: stack, entrywise=True)
+        elif len(self.origins.base_norms) < len(self.blocks):
+            for _, block in self.stacks("Checking the experts").walk():
+                block.combine(torch.zeros(len(self.tasks)))
+        self.origins.check()
+        return replace(vectors, digests=self.origins.digests())
 
     def to(self, device: torch.device | str) -> "TaskVectors":
         """Give the vectors on a device."""

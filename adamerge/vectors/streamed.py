@@ -54,6 +54,24 @@ class StreamedBlock(PiecewiseBlock):
         """Give the base tensor in its source dtype."""
         return self.origins.base[self.name].detach().cpu()
 
+    def combine(self, coefficients: Float[Tensor, " task"]) -> Float[Tensor, "*param"]:
+        """Give base + sum over tasks of coefficient x vector, in fp32; what counts 0 is read but once."""
+        row = coefficients.float()
+        merged = self.base_tensor().reshape(-1).to(row.device, torch.float32, copy=True)
+        for tasks, pieces in self._walks([task for task, c in enumerate(row.tolist()) if c != 0]):
+            for span, vectors in pieces:
+                merged[span].addmv_(vectors.to(row.device).T, row[tasks])
+        return merged.reshape(self.shape[1:])
+
+    def project(self, gradient: Float[Tensor, "*param"]) -> Float[Tensor, " task"]:
+        """Give the inner product of a gradient with each task's vector, in fp32."""
+        flat = gradient.reshape(-1).float()
+        total = flat.new_zeros(self.shape[0])
+        for tasks, pieces in self._walks([*range(self.shape[0])]):
+            for span, vectors in pieces:
+                total[tasks] += vectors.to(flat.device) @ flat[span]
+        return total
+
     def prefetch(self) -> None:
         """Ask the system to read the parameter's files meanwhile."""
         for state in (self.origins.base, *self.origins.experts.values()):
@@ -80,6 +98,27 @@ class StreamedBlock(PiecewiseBlock):
     def to(self, device: torch.device) -> "StreamedBlock":
         """Stay: files are read on the CPU."""
         return self
+
+    def _walks(self, wanted: list[int]) -> Iterator[tuple[list[int], Iterator[tuple[slice, Tensor]]]]:
+        """Walk wanted experts: those read span by span together, each that makes whole tensors alone.
+
+        The first walk is of all experts, for the norms.
+        """
+        origins, experts = self.origins, [*self.origins.experts.items()]
+        is_new = self.name not in origins.base_norms
+        wanted = [*range(len(experts))] if is_new else wanted
+        alone = [task for task in wanted if not isinstance(experts[task][1], Checkpoint | dict)]
+        together = [task for task in wanted if task not in alone]
+        base_norm, norms = 0.0, dict[int, float]()
+        for tasks in filter(None, (together, *([task] for task in alone))):
+            known = {} if is_new else origins.base_norms
+            part = Origins(origins.base, dict(experts[task] for task in tasks), base_norms=known)
+            yield tasks, StreamedBlock(self.name, part).pieces()
+            if is_new:
+                base_norm = part.base_norms[self.name]
+                norms |= zip(tasks, part.vector_norms[self.name], strict=True)
+        if is_new:
+            origins.add(self.name, base_norm, [norms[task] for task in sorted(norms)])
 
     @property
     def _size(self) -> int:

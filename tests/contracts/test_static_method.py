@@ -136,7 +136,7 @@ class TestEdits:
             pytest.skip("the edit treats experts by their position")
         found = self.stacks(vectors(EXPERTS[::-1]), method)
         expected = self.stacks(vectors(), method)
-        assert_same(found, {n: s.flip(0) for n, s in expected.items()}, rtol=0, atol=0)
+        assert_same(found, {n: s.flip(0) for n, s in expected.items()}, rtol=1e-5, atol=1e-6)
 
     def test_names_shapes_and_the_base_stay(self, method: str) -> None:
         edited = edit(vectors(), method)

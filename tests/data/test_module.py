@@ -197,6 +197,15 @@ def test_the_fingerprint_follows_the_labels_of_test_images_alone(make: Make) -> 
     assert [key for key in before if before[key] != after[key]] == ["dots test"]
 
 
+def test_the_fingerprint_has_labels_of_adaptation_images_where_they_are_asked_for(make: Make) -> None:
+    data = make()
+    before = data.fingerprint(labelled=True)
+    assert before.items() > data.fingerprint().items()
+    data._labelled("dots").labels[3] ^= 1
+    after = data.fingerprint(labelled=True)
+    assert [key for key in before if before[key] != after[key]] == ["dots adaptation labels"]
+
+
 def test_a_task_without_adaptation_images_is_evaluated_only(make: Make) -> None:
     data = make({"bars": {"adapt": None}})
     assert data.adapting_tasks == data.tasks_here() == ("circles", "dots")

@@ -106,7 +106,9 @@ def assert_step_equals_plain(
 ) -> dict[str, float]:
     router, state, batch = step.routing, deepcopy(step.routing.state_dict()), make_batch()
     memory = step.objective.per_task_state()
-    result = step(batch, passes, teachers(step.mixture), scale)
+    taught = teachers(step.mixture)
+    told = {task: part | {"teacher": taught[task][part["index"]]} for task, part in batch.items()}
+    result = step(told, passes, scale)
     assert float(result.surrogate.detach()) == 0
     found = gradients(router, result.surrogate)
     after = deepcopy(router.state_dict())
@@ -144,7 +146,7 @@ def test_the_model_need_not_run_to_tell_tasks_apart(
     step = make_step(clip, ROUTERS[router](), objective())
     assert_step_equals_plain(step, PASSES["a task a pass"])
     monkeypatch.setattr(step.mixture, "features", lambda *_: pytest.fail("the model ran"))
-    assert set(step(make_batch(), PASSES["all in one"], {}).losses) == set(TASKS)
+    assert set(step(make_batch(), PASSES["all in one"]).losses) == set(TASKS)
 
 
 def test_a_task_that_is_not_worth_a_step_adds_nothing(clip: Path) -> None:
@@ -152,7 +154,7 @@ def test_a_task_that_is_not_worth_a_step_adds_nothing(clip: Path) -> None:
     losses = assert_step_equals_plain(step, PASSES["all in one"])
     assert 0 < len(losses) < len(TASKS)
     nothing = make_step(clip, Router(), ReliableEntropy(threshold=1e-9))
-    result = nothing(make_batch(), PASSES["all in one"], {})
+    result = nothing(make_batch(), PASSES["all in one"])
     assert result.losses == {}
     assert all((g == 0).all() for g in gradients(nothing.routing, result.surrogate))
 

@@ -1,6 +1,7 @@
 """Vectors that stay in their files give what vectors in memory give."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from adamerge.vectors import Block, streamed
 from adamerge.vectors.dense import DenseBlock
 from adamerge.vectors.origins import Origins
 from adamerge.vectors.streamed import EditedBlock, StreamedBlock
+from adamerge.vectors.streamed import _reader as reader
 
 SHAPE, DTYPES = (5, 7), (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +27,25 @@ class Adapter(dict[str, Tensor]):
 
     def delta(self, name: str) -> Tensor | None:
         return self.get(name)
+
+
+class LowRank(Mapping[str, Tensor]):
+    """An expert that makes a tensor's difference whenever it is asked."""
+
+    def __init__(self, **deltas: Tensor) -> None:
+        self.deltas = deltas
+
+    def delta(self, name: str) -> Tensor:
+        return self.deltas[name].clone()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.deltas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
+    def __len__(self) -> int:
+        return len(self.deltas)
 
 
 def saved(path: Path, seed: int, dtype: torch.dtype, change: Callable[[Tensor], object] = id) -> State:
@@ -73,6 +94,39 @@ def require_same(block: Block, dense: Block) -> None:
 class TestAgainstVectorsInMemory:
     def test_as_they_are(self, block: StreamedBlock) -> None:
         require_same(block, expected(block))
+
+    def test_what_counts_nothing_is_read_once(
+        self, block: StreamedBlock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alone, dense, read = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0]), expected(block), []
+        assert_close(block.combine(alone), dense.combine(alone))
+        monkeypatch.setattr(
+            streamed, "_reader", lambda state, name: read.append(state) or reader(state, name)
+        )
+        assert_close(block.combine(alone), dense.combine(alone))
+        assert read == [block.origins.base, block.origins.experts["b"]]
+
+    def test_experts_that_make_whole_tensors_are_never_there_together(
+        self, block: StreamedBlock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tasks = ("x", "y", "z")
+        experts = {task: LowRank(w=torch.randn(SHAPE)) for task in tasks}
+        alike = StreamedBlock("w", Origins(block.origins.base, experts))
+        dense = DenseBlock(block.base_tensor(), torch.stack([experts[task]["w"] for task in tasks]))
+        alive, most = weakref.WeakSet(), []
+
+        def watched(state: State, name: str) -> object:
+            alive.add(found := reader(state, name))
+            most.append(sum(isinstance(each, Tensor) for each in alive))
+            return found
+
+        monkeypatch.setattr(streamed, "_reader", watched)
+        for _ in range(2):  # the first walk notes norms
+            assert_close(alike.combine(torch.ones(3)), dense.combine(torch.ones(3)))
+            assert_close(alike.project(torch.ones(SHAPE)), dense.project(torch.ones(SHAPE)))
+        assert len(most) == 4 * 3 * 2
+        assert max(most) == 1
+        assert_close(torch.tensor(alike.origins.vector_norms["w"]), dense.dense().flatten(1).norm(dim=1))
 
     @pytest.mark.parametrize("entrywise", [True, False])
     def test_edited(self, block: StreamedBlock, entrywise: bool) -> None:

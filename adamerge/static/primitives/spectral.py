@@ -142,6 +142,21 @@ def orthogonal_product(parts: Triplets) -> Matrix:
     return product(left, middle @ right.T)
 
 
+def orthogonal_terms(parts: Sequence[Triplets]) -> Float[Tensor, "part row column"]:
+    """Give what each part adds to the `orthogonal_product` of all of them side by side, in fp32."""
+    joined, sizes = side_by_side(parts), [len(part.values) for part in parts]
+    left, right = (
+        product(columns, _inverse_root(gram(columns)), torch.float64).split(sizes, dim=1)
+        for columns in (joined.left, joined.right)
+    )
+    return torch.stack([product(u * part.values, v.T) for u, part, v in zip(left, parts, right, strict=True)])
+
+
+def side_by_side(parts: Sequence[Triplets]) -> Triplets:
+    """Join triplets of several matrices."""
+    return Triplets(*(torch.cat(part, dim=-1) for part in zip(*parts, strict=True)))
+
+
 def _inverse_root(gram: Square) -> Square:
     values, basis = spectrum(gram)
     return basis / values @ basis.T
