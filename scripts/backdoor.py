@@ -18,6 +18,7 @@ tenth of the published steps at ten times the published rates, so that parameter
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -95,12 +96,10 @@ def adamerging(args: argparse.Namespace) -> dict[str, Any]:
 
 def concrete(args: argparse.Namespace, *, adversary: bool = False) -> dict[str, Any]:
     """Concrete AdaMerging, or DAM."""
-    objective = (
-        Mixed([Entropy(), Perturbed(args.adversary_lr)], [1.0, args.weight]) if adversary else Entropy()
-    )
+    both = Mixed([Entropy(), Perturbed(args.adversary_lr)], [1.0, args.weight])
 
     def optimizer(parameters: Any) -> BiLevel:
-        return BiLevel(parameters, inner_lr=args.inner_lr, mask_lr=args.mask_lr)
+        return BiLevel(parameters, args.lr, inner_lr=args.inner_lr, mask_lr=args.mask_lr)
 
     space = Concrete(fix_after=args.steps, dual=args.dual, seed=args.seed)
     parts = {"coefficients": space, "objective": both if adversary else Entropy()}
@@ -129,7 +128,7 @@ def specs() -> dict[str, TaskSpec]:
 
 
 def study(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """Plant, merge, measure."""
+    """Plant, merge, measure; each row is told at once."""
     sources = {task: f"embedded:{task}" for task in experts()}
     vectors, backbone = open_vectors("embedded:base", sources)
     heads = open_heads("embedded:base", specs(), sources)
@@ -140,8 +139,9 @@ def study(args: argparse.Namespace, folder: Path) -> list[Row]:
 
     def row(name: str, weights: State) -> Row:
         started = time.perf_counter()
-        found = figures(name, weights, logits, args)
-        return found | {"seconds": round(started - args.clock, 1)}
+        found = figures(name, weights, logits, args) | {"seconds": round(started - args.clock, 1)}
+        print("  ".join(f"{key} {value}" for key, value in found.items()), file=sys.stderr, flush=True)
+        return found
 
     expert = vectors.merge(vectors.one_hot(args.task))
     args.clock = time.perf_counter()
@@ -183,7 +183,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the study and print its table."""
+    """Run the study."""
     args = options()
     settings = dict(vars(args))
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -191,9 +191,6 @@ def main() -> None:
         rows = study(args, Path(folder))
     if args.json:
         print(json.dumps({**settings, "rows": rows}))
-        return
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 if __name__ == "__main__":
