@@ -116,7 +116,7 @@ def adapted(parts: dict[str, Any], args: argparse.Namespace, **model: Any) -> St
     steps = parts.pop("steps", args.steps)
     task = MergeTask(**model, **parts)
     data = MultiTaskData(specs(), batch_size=args.batch_size, holdout=0.1, seed=args.seed)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0, "accelerator": "cpu", "devices": 1}
     pl.Trainer(max_steps=steps, max_epochs=-1, **quiet).fit(task, datamodule=data)
     return task.evaluated()
@@ -149,7 +149,7 @@ def study(args: argparse.Namespace, folder: Path) -> list[Row]:
     args.clock = time.perf_counter()
     poisoned = planted(lambda weights, images: logits(weights, args.task, images), expert, args)
     rows.append(row("poisoned expert", poisoned))
-    save_file(poisoned, folder / "poisoned.safetensors")
+    save_file(dict(poisoned), folder / "poisoned.safetensors")
     sources[args.task] = str(folder / "poisoned.safetensors")
     vectors, _ = open_vectors("embedded:base", sources)
     rows.append(row("task_arithmetic", vectors.merge(vectors.uniform(0.3))))

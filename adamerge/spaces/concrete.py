@@ -65,7 +65,7 @@ class Concrete(Space):
             )
         self.temperature, self.fix_after, self.seed = temperature, fix_after, seed
         self.dual, self.learn_numbers = dual, learn_numbers
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.step = 0
 
     def build(self, tasks: Sequence[str], what: TaskVectors, /) -> None:
         """Create the parameters for these experts.
@@ -114,20 +114,28 @@ class Concrete(Space):
     def reset(self) -> None:
         """Go back to the initial values, in place, and learn masks again."""
         super().reset()
-        self.get_buffer("step").zero_()
+        self.step = 0
 
     def after_step(self) -> None:
         """Repair the numbers; the next step draws another noise."""
         super().after_step()
-        self.get_buffer("step").add_(1)
+        self.step += 1
+
+    def get_extra_state(self) -> Tensor:
+        """Give the number of steps, a part of the state."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take it back."""
+        self.step = int(state)
 
     @property
     def _is_fixed(self) -> bool:
-        return self.fix_after is not None and int(self.get_buffer("step")) >= self.fix_after
+        return self.fix_after is not None and self.step >= self.fix_after
 
     def _noise(self, name: str, like: Tensor) -> Tensor:
         """Draw logistic noise: the same for the same step, however often it merges."""
-        step = self.fix_after if self._is_fixed else int(self.get_buffer("step"))
+        step = self.fix_after if self._is_fixed else self.step
         digest = hashlib.sha256(f"{self.seed}/{step}/{name}".encode()).digest()[:8]
         generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.rand(like.shape, generator=generator, device=like.device).logit(_EPS)
