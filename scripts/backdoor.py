@@ -111,6 +111,9 @@ def dam(args: argparse.Namespace) -> dict[str, Any]:
     return concrete(args, adversary=True)
 
 
+METHODS = {"adamerging": adamerging, "concrete": concrete, "dam": dam}
+
+
 def adapted(parts: dict[str, Any], args: argparse.Namespace, **model: Any) -> State:
     """Learn, and give the merged weights."""
     steps = parts.pop("steps", args.steps)
@@ -153,10 +156,10 @@ def study(args: argparse.Namespace, folder: Path) -> list[Row]:
     sources[args.task] = str(folder / "poisoned.safetensors")
     vectors, _ = open_vectors("embedded:base", sources)
     rows.append(row("task_arithmetic", vectors.merge(vectors.uniform(0.3))))
-    for method in (adamerging, concrete, dam):
+    for method in args.methods:
         args.clock = time.perf_counter()
         parts = {"vectors": vectors, "backbone": backbone, "heads": heads}
-        rows.append(row(method.__name__, adapted(method(args), args, **parts)))
+        rows.append(row(method, adapted(METHODS[method](args), args, **parts)))
     return rows
 
 
@@ -165,6 +168,7 @@ def options() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--task", default="mnist", choices=list(experts()), help="The poisoned expert's.")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--target", type=int, default=0, help="Index of the target class.")
     parser.add_argument("--patch", type=int, default=7, help="Side of the trigger in pixels.")
     parser.add_argument("--plant-steps", type=int, default=150)
