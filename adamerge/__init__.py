@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         FeatureMatching,
         KLTeacher,
         Mixed,
+        Perturbed,
         Prior,
         ReliableEntropy,
         RoutingEntropy,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
         Supervised,
         TaskIdentity,
     )
-    from adamerge.optimizers import CMAES, FrankWolfe, NaturalGradient, RandomSearch
-    from adamerge.spaces import Components, Elements
+    from adamerge.optimizers import CMAES, BiLevel, FrankWolfe, NaturalGradient, RandomSearch
+    from adamerge.spaces import Components, Concrete, Elements
     from adamerge.static import edit, merge
     from adamerge.task import MergeTask
     from adamerge.vectors import LowRankCodec, TaskVectors, rebase, staged_step
@@ -45,8 +46,10 @@ __version__ = "0.1.0"
 # A name is imported when it is first used: `import adamerge` and `adamerge --help` stay instant.
 _HOME = {
     "Balanced": "objectives",
+    "BiLevel": "optimizers",
     "CMAES": "optimizers",
     "Components": "spaces",
+    "Concrete": "spaces",
     "Consistency": "objectives",
     "Elements": "spaces",
     "Entropy": "objectives",
@@ -65,6 +68,7 @@ _HOME = {
     "NaturalGradient": "optimizers",
     "OpenClipBackbone": "models",
     "Oracle": "coefficients",
+    "Perturbed": "objectives",
     "Prior": "objectives",
     "RandomSearch": "optimizers",
     "ReliableEntropy": "objectives",
@@ -95,7 +99,9 @@ _HOME = {
 __all__ = [
     "CMAES",
     "Balanced",
+    "BiLevel",
     "Components",
+    "Concrete",
     "Consistency",
     "Elements",
     "Entropy",
@@ -114,6 +120,7 @@ __all__ = [
     "NaturalGradient",
     "OpenClipBackbone",
     "Oracle",
+    "Perturbed",
     "Prior",
     "RandomSearch",
     "ReliableEntropy",

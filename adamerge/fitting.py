@@ -205,7 +205,7 @@ _CLASS_NAMES = (
     *(
         f"adamerge.{name}"
         for name in (
-            *("Learned", "Components", "Elements", "Router", "Oracle", "Uniform", "Subspace"),
+            *("Learned", "Components", "Concrete", "Elements", "Router", "Oracle", "Uniform", "Subspace"),
             *(
                 "Entropy",
                 "ReliableEntropy",
@@ -214,9 +214,10 @@ _CLASS_NAMES = (
                 "FeatureMatching",
                 "Consistency",
                 "Prior",
+                "Perturbed",
             ),
             *("RoutingEntropy", "TaskIdentity", "Mixed", "SharpnessAware"),
-            *("Supervised", "FrankWolfe", "NaturalGradient", "CMAES", "RandomSearch"),
+            *("Supervised", "FrankWolfe", "NaturalGradient", "CMAES", "RandomSearch", "BiLevel"),
         )
     ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),

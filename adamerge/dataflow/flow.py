@@ -83,6 +83,10 @@ class FlowBackbone:
         """Give the features at the end of the path; see `ModuleBackbone.features`."""
         return self._inner.features(weights, inputs)
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Give images of values in [0, 255] as `features` takes floats."""
+        return self._inner.normalised(images)
+
     def preprocess(self, value: Any) -> Tensor:
         """Turn one PIL image, or one text, into an input of `features`."""
         return self._inner.preprocess(value)

@@ -39,6 +39,10 @@ class Backbone(Protocol):
         """Give pooled features under these weights; differentiable in the weights."""
         ...
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Give images of values in [0, 255], uint8 or floats, as `features` takes floats."""
+        ...
+
     def preprocess(self, value: Any) -> Tensor:
         """Turn one PIL image, or one text, into an input of `features`, without batch axis."""
         ...
@@ -169,9 +173,13 @@ class ModuleBackbone:
         if missing and not self._is_tied:  # torch computes with memory that nobody has written
             raise InputError(f"the weights lack {shortlist(sorted(self.files[name] for name in missing))}.")
         if inputs.dtype == torch.uint8:
-            inputs = (inputs.float() / 255 - self.mean) / self.std
+            inputs = self.normalised(inputs)
         own = self._norms.prepared(own)
         return self._pool(functional_call(self.module, own, (inputs,), tie_weights=self._is_tied))
+
+    def normalised(self, images: Tensor) -> Float[Tensor, "image channel height width"]:
+        """Give images of values in [0, 255], uint8 or floats, as the module reads them."""
+        return (images.float() / 255 - self.mean) / self.std
 
     def preprocess(self, value: Any) -> Tensor:
         """Turn one PIL image into a uint8 tensor; a backbone without transform passes it on."""

@@ -6,6 +6,7 @@ from adamerge.objectives.consistency import Consistency
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.matching import FeatureMatching, KLTeacher
 from adamerge.objectives.mixed import Mixed
+from adamerge.objectives.perturbed import Perturbed
 from adamerge.objectives.prior import Prior
 from adamerge.objectives.reliable import ReliableEntropy
 from adamerge.objectives.routing import RoutingEntropy, TaskIdentity
@@ -20,6 +21,7 @@ __all__ = [
     "KLTeacher",
     "Mixed",
     "Objective",
+    "Perturbed",
     "Prior",
     "ReliableEntropy",
     "RoutingEntropy",

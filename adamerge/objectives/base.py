@@ -12,7 +12,7 @@ from adamerge.errors import InputError
 Logits = Float[Tensor, "image class"]
 Loss = Float[Tensor, ""]
 Reads = Literal["prediction", "features", "augmented", "routing", "coefficients"]
-Memory = dict[str, Any]  # by task: a float, or a list of floats and lists
+Memory = dict[str, Any]  # by task: a float, or a list of floats, lists and CPU tensors
 
 
 def entropy_of(logits: Float[Tensor, "image class"]) -> Float[Tensor, " image"]:
@@ -56,7 +56,10 @@ class Objective(nn.Module, ABC):
         return self.reads == "augmented"
 
     def second_view(self, images: Tensor, task: str, step: int) -> Tensor:
-        """Give the other view of a task's images, a function of its arguments alone; asked if it augments."""
+        """Give the other view of a task's images; asked if it augments.
+
+        A function of the arguments and of `per_task_state` alone: uint8, or floats in [0, 255].
+        """
         return images
 
     def loss(
@@ -100,7 +103,8 @@ class Objective(nn.Module, ABC):
     def per_task_state(self) -> Memory:
         """Give what the objective remembers of each task, for checkpoints and other processes.
 
-        By task: a float, or a list of floats; what is loaded again must be the same bit for bit.
+        By task: a float, or a list of floats; what is loaded again must be the same bit for bit. Tensors
+        are on the CPU and never changed in place.
         """
         return {}
 

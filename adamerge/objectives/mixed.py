@@ -33,7 +33,9 @@ class Mixed(Objective):
         if len(weights) != len(parts) or not all(map(math.isfinite, weights)):
             raise InputError(f"weights={weights} are not {len(parts)} finite numbers.", "Give one per part.")
         if sum(part.augments for part in parts) > 1:
-            raise InputError("two parts of Mixed augment the images.", "Use at most one Consistency.")
+            raise InputError(
+                "two parts of Mixed augment the images.", "Use at most one Consistency or Perturbed."
+            )
         self._parts, self.weights = nn.ModuleList(parts), weights
         self.needs_teacher = any(part.needs_teacher for part in parts)
         self.needs_labels = any(part.needs_labels for part in parts)

@@ -2,6 +2,7 @@
 
 from adamerge.spaces.base import Space
 from adamerge.spaces.components import Components
+from adamerge.spaces.concrete import Concrete
 from adamerge.spaces.elements import Elements
 
-__all__ = ["Components", "Elements", "Space"]
+__all__ = ["Components", "Concrete", "Elements", "Space"]

@@ -16,7 +16,7 @@ from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.mixture import RouterStep, joined_images, shared_passes, task_losses
 from adamerge.models import Backbone, Head, require_class_names
 from adamerge.objectives import Entropy, Objective
-from adamerge.optimizers import CoefficientOptimizer, Reads
+from adamerge.optimizers import BiLevel, CoefficientOptimizer, Reads
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
 from adamerge.spaces import Space
@@ -111,6 +111,9 @@ class MergeTask(Evaluating):
             raise InputError(f"this {name} has no gradient.", "Use adamerge.CMAES.")
         if isinstance(optimizer, CoefficientOptimizer):
             self._require_matrix(optimizer)
+        is_space = isinstance(self.coefficients, Space)
+        if isinstance(optimizer, BiLevel) and (self._world_size() > 1 or not is_space):
+            raise InputError("BiLevel needs masks, and one process.", "Use adamerge.Concrete on one device.")
         return optimizer
 
     def _require_matrix(self, optimizer: CoefficientOptimizer) -> None:
@@ -257,6 +260,7 @@ class MergeTask(Evaluating):
             images, n_views = joined_images(tasks, batch), 1 + self.objective.augments
             if n_views == 2:
                 images = torch.cat([images, joined_images(tasks, self._second_views(tasks, batch))])
+                images = self.backbone.normalised(images) if images.is_floating_point() else images
             features, *more = self.backbone.features({**leaves, **self._fixed}, images).chunk(n_views)
             model: dict[str, Any] = {"heads": self.heads, "objective": self.objective}
             model |= {"augmented": more[0]} if more else {}

@@ -1,6 +1,7 @@
 """The parts of a merged model: base and vectors, backbone, heads and coefficients; its weights and logits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ class MergedParts(pl.LightningModule):
         """
         if self.mixture is not None:
             raise InputError("a routed model has no single state.", "Save it: adamerge.save_mixture(...).")
-        with torch.no_grad():
+        with torch.no_grad(), self._at_rest():
             merged = {name: tensor.cpu() for name, tensor in self._merged(self.vectors.names).items()}
         state = {**merged, **self.vectors.rest}
         return state | self._recalibrated({n: state[n].float() for n in self.backbone.names})
@@ -81,7 +82,8 @@ class MergedParts(pl.LightningModule):
         """Give the weights of the static model as it is evaluated; nothing where there is a mixture."""
         if self.mixture is not None:
             return {}
-        weights = {**self._merged(self.read_names), **self._fixed}
+        with self._at_rest():
+            weights = {**self._merged(self.read_names), **self._fixed}
         return {**weights, **self._recalibrated(weights)}
 
     def _merged(self, names: Sequence[str]) -> State:
@@ -143,12 +145,18 @@ class MergedParts(pl.LightningModule):
         return partial(self.logits, weights or self.evaluated(), task)
 
     def _walk(self, function: Callable[[Tensor], Tensor], images: Images) -> Float[Tensor, "image value"]:
+        with self._at_rest(), torch.autocast(self._where.type, enabled=False):
+            return walk(lambda batch: function(self._on_device(batch)), self.data.loader(images))
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """For a while nothing is trained: normalisation must not see its batch, masks have no noise."""
         was_training = self.coefficients.training
-        self.coefficients.eval()  # a router's normalisation must not see its batch
-        with torch.autocast(self._where.type, enabled=False):
-            found = walk(lambda batch: function(self._on_device(batch)), self.data.loader(images))
-        self.coefficients.train(was_training)
-        return found
+        self.coefficients.eval()
+        try:
+            yield
+        finally:
+            self.coefficients.train(was_training)
 
     @property
     def data(self) -> MultiTaskData:

@@ -79,6 +79,13 @@ class BackboneContract:
         assert (tensor.dtype, tensor.shape) == (inputs.dtype, inputs.shape[1:])
         assert backbone.features(weights, tensor[None]).dim() == 2
 
+    def test_a_view_in_floats_is_the_same_input(self) -> None:
+        backbone, weights, inputs = self.case()
+        if inputs.dtype != torch.uint8:
+            return
+        found = backbone.features(weights, backbone.normalised(inputs.float()))
+        assert_close(found, backbone.features(weights, inputs))
+
     def test_moving_keeps_the_features(self) -> None:
         backbone, weights, inputs = self.case()
         before = backbone.features(weights, inputs)

@@ -23,6 +23,7 @@ COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
     "components": lambda: adamerge.Components(rank=0.5),
     "elements": adamerge.Elements,
     "rows": lambda: adamerge.Elements("row"),
+    "concrete": adamerge.Concrete,
     "router": lambda: adamerge.Router("linear"),
 }
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "supervised": adamerge.Supervised,
     "error_rate": lambda: adamerge.Supervised("error_rate"),
     "kl_prior": lambda: Mixed([adamerge.KLTeacher(), adamerge.Prior()], [1.0, 0.1]),
+    "perturbed": adamerge.Perturbed,
     "prior": adamerge.Prior,
     "task_identity": adamerge.TaskIdentity,
     "routing_entropy": adamerge.RoutingEntropy,
@@ -43,6 +45,7 @@ OPTIMIZERS: dict[str, Callable] = {
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "sam": SharpnessAware,
+    "bilevel": adamerge.BiLevel,
     "fw": adamerge.FrankWolfe,
     "fw_soft": partial(adamerge.FrankWolfe, soft=True),
     "natural": adamerge.NaturalGradient,
@@ -54,13 +57,15 @@ SEARCHES = ("cmaes", "random")
 
 def reason_against(objective: str, optimizer: str, coefficients: str) -> str | None:
     """The rules of what goes together, as a user would read them; in the order in which they are told."""
-    routed, fine = coefficients == "router", coefficients in ("components", "elements", "rows")
+    routed, fine = coefficients == "router", coefficients in ("components", "elements", "rows", "concrete")
     of_a_matrix = optimizer in ("fw", "fw_soft", "natural", *SEARCHES)
     rules = (
         (objective == "prior", "alone moves nothing"),
         (not routed and objective in ("task_identity", "routing_entropy"), "needs a router"),
-        (routed and objective == "consistency", "needs static coefficients"),
+        (routed and objective in ("consistency", "perturbed"), "needs static coefficients"),
+        (not routed and not fine and optimizer == "bilevel", "no masks"),
         (objective == "error_rate" and optimizer not in SEARCHES, "has no gradient"),
+        (routed and optimizer == "bilevel", "BiLevel needs masks"),
         (routed and of_a_matrix, "a router has none"),
         (fine and of_a_matrix, "needs one matrix"),
         (objective == "balanced" and optimizer == "natural", "needs losses of 0 or more"),
@@ -119,5 +124,5 @@ def test_the_walk_leaves_out_no_public_part() -> None:
     routings = kinds(Routing) - {"Router"}  # they have nothing to learn
     assert kinds(Objective) <= walked
     assert kinds(Coefficients) - routings <= walked
-    assert kinds(CoefficientOptimizer) | {"SharpnessAware"} <= made
+    assert kinds(CoefficientOptimizer) | {"SharpnessAware", "BiLevel"} <= made
     assert kinds(Space) <= walked

@@ -15,6 +15,7 @@ from adamerge.objectives import (
     KLTeacher,
     Mixed,
     Objective,
+    Perturbed,
     Prior,
     ReliableEntropy,
     RoutingEntropy,
@@ -139,6 +140,11 @@ class TestKLTeacher(OfLogits):
 class TestConsistency(TestKLTeacher):
     def make(self) -> Objective:
         return Consistency(temperature=2.0)
+
+
+class TestPerturbed(TestEntropy):
+    def make(self) -> Objective:
+        return Perturbed()
 
 
 class TestSupervised(OfLogits):

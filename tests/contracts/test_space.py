@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from adamerge import Components, Elements, InputError, TaskVectors
+from adamerge import Components, Concrete, Elements, InputError, TaskVectors
 from adamerge.spaces import Space
 
 TASKS = ("cars", "digits", "textures")
@@ -126,6 +126,36 @@ class TestRows(SpaceContract):
 class TestElementsOfSomeTensors(SpaceContract):
     def make(self) -> Space:
         return Elements(pattern="weight")
+
+
+class TestConcrete(SpaceContract):
+    def make(self) -> Space:
+        return Concrete().eval()  # in training the masks have noise
+
+
+class TestDualConcrete(SpaceContract):
+    def make(self) -> Space:
+        return Concrete(dual=True).eval()
+
+
+class TestFixedConcrete(TestConcrete):
+    """Under a fixed sample of the masks the numbers alone are learned."""
+
+    def make(self) -> Space:
+        return Concrete(fix_after=0)
+
+    def start(self) -> dict[str, Tensor]:
+        space = self.built()
+        merged = super().start()
+        for name, block in vectors().blocks.items():
+            merged[name] = block.base_tensor() + space.mask(name) * 0.3 * block.dense().sum(0)
+        return merged
+
+    def test_every_refined_tensor_and_every_number_in_use_gets_a_gradient(self) -> None:
+        space = self.built()
+        sum(w.square().sum() for w in space(vectors()).values()).backward()
+        assert (space.matrix.values.grad.abs() > 0).all()
+        assert all(parameter.grad is None for _, parameter in space.fine.items())
 
 
 def test_a_mask_is_binary_and_its_gradient_that_of_a_soft_step() -> None:
