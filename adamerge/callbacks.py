@@ -190,7 +190,8 @@ class MergedModel(pl.Callback):
             options: dict[str, Any] = {"like": self.like, "card": self.card, "overwrite": True}
             save_mixture(pl_module.mixture, self.folder, provenance=provenance, **options)
             return
-        companions = partial(write_companions, heads=pl_module.heads, classes=classes, provenance=provenance)
+        told: dict[str, Any] = {"classes": classes, "provenance": provenance}
+        companions = partial(write_companions, heads=pl_module.fitted_heads, **told)
         state = pl_module.merged_state()
         save(state, self.folder, like=self.like, overwrite=True, card=self.card, companions=companions)
 
@@ -281,7 +282,7 @@ class CollapseGuard(pl.Callback):
         if self.verdict or not self.every_n_steps:
             return
         if self._last:  # a run that had ended goes on from its end
-            pl_module.coefficients.load_state_dict(self._last)
+            pl_module.learned.load_state_dict(self._last)
             self._last = {}
         self._listen(pl_module)
         if self._expert and not self._start:
@@ -306,8 +307,8 @@ class CollapseGuard(pl.Callback):
             self._listen(pl_module)
         if self._expert:
             self._remember(trainer, pl_module, self._look(pl_module))
-            self._last = _copy_of(pl_module.coefficients)
-            pl_module.coefficients.load_state_dict(self._best["values"])
+            self._last = _copy_of(pl_module.learned)
+            pl_module.learned.load_state_dict(self._best["values"])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Do so too where a run resumes after its last step, and nothing is left to train."""
@@ -363,11 +364,11 @@ class CollapseGuard(pl.Callback):
     def _remember(self, trainer: pl.Trainer, module: MergeTask, signs: Mapping[str, Signs]) -> None:
         agreement = _mean_agreement(signs)
         if agreement > self._best["agreement"]:
-            values, step = _copy_of(module.coefficients), trainer.global_step
+            values, step = _copy_of(module.learned), trainer.global_step
             self._best = {"agreement": agreement, "step": step, "values": values}
 
     def _roll_back(self, trainer: pl.Trainer, module: MergeTask, reason: str) -> None:
-        module.coefficients.load_state_dict(self._best["values"])
+        module.learned.load_state_dict(self._best["values"])
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
         self.verdict = (

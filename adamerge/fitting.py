@@ -30,7 +30,7 @@ from adamerge.errors import AdamergeError, InputError, nearest
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.mixture import latency, stored
-from adamerge.models import ModuleBackbone, open_backbone, open_heads
+from adamerge.models import ModuleBackbone, Surgery, open_backbone, open_heads
 from adamerge.models.opening import require_same_function
 from adamerge.objectives import Objective
 from adamerge.plots import write_routing
@@ -60,6 +60,7 @@ def merge_task(
     coefficients: Coefficients | None = None,
     objective: Objective | None = None,
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
+    adapters: Surgery | None = None,
     images_per_pass: int = 16,
     recalibrate: int = 0,
     force: bool = False,
@@ -84,6 +85,7 @@ def merge_task(
             router (adamerge.Router) the model is another one for every input.
         objective: What is minimised; default: entropy.
         optimizer: The optimizer; default: Adam at 1e-3.
+        adapters: Per-task corrections of the merged model's features (adamerge.Surgery), learned too.
         images_per_pass: Small batches of several tasks share a forward pass up to this size.
         recalibrate: Images per task by which BatchNorm statistics of the merged model are measured again;
             0: they are merged like weights.
@@ -119,6 +121,7 @@ def merge_task(
         coefficients,
         objective,
         optimizer=optimizer,
+        adapters=adapters,
         images_per_pass=images_per_pass,
         recalibrate=recalibrate,
         experts=originals,
@@ -214,7 +217,7 @@ _CLASS_NAMES = (
                 "Prior",
             ),
             *("RoutingEntropy", "TaskIdentity", "Mixed", "SharpnessAware"),
-            *("Supervised", "FrankWolfe", "NaturalGradient", "CMAES", "RandomSearch"),
+            *("Supervised", "FrankWolfe", "NaturalGradient", "CMAES", "RandomSearch", "Surgery"),
         )
     ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),
@@ -340,9 +343,10 @@ class RunCLI(LightningCLI):
     def _require_steps(self) -> None:
         """Refuse to learn in no step, and to take steps where nothing can be learned."""
         steps, kind = self.trainer.max_steps, type(self.model.coefficients).__name__
-        if steps < 1 and any(True for _ in self.model.coefficients.parameters()):
+        learns = any(True for _ in self.model.learned.parameters())
+        if steps < 1 and learns:
             raise InputError(f"trainer.max_steps={steps}.", "It must be 1 or more.")
-        if steps != 0 and not any(True for _ in self.model.coefficients.parameters()):
+        if steps != 0 and not learns:
             raise InputError(f"{kind} has nothing to learn.", "Set trainer.max_steps to 0.")
 
     def after_fit(self) -> None:

@@ -14,14 +14,14 @@ from adamerge.checkpoints import copy_companions, local_path, open_checkpoint, s
 from adamerge.coefficients import Routing
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
-from adamerge.models import Backbone, Head, open_backbone
+from adamerge.models import Backbone, Head, Residual, open_backbone
 from adamerge.models.opening import format_of
 from adamerge.state import State
 from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
 from adamerge.vectors.ternary import TernaryBlock
 
 DOCUMENT, WEIGHTS, HEADS = "adamerge.json", "model.safetensors", "heads.safetensors"
-_SCHEMA = 1
+_SCHEMA = 2  # 1, which older versions read, where no head has a residual
 _BLOCKS: dict[str, Any] = {b.__name__: b for b in (DenseBlock, LowRankBlock, SparseBlock, TernaryBlock)}
 
 
@@ -179,15 +179,15 @@ def _describe_routing(routing: Routing | None) -> dict[str, Any] | None:
 
 
 def _head_tensors(heads: Mapping[str, Head]) -> dict[str, Tensor]:
-    weights = {f"heads/{task}/weight": head.weight for task, head in heads.items()}
-    return weights | {f"heads/{task}/bias": h.bias for task, h in heads.items() if h.bias is not None}
+    named = ((task, *item) for task, head in heads.items() for item in head.tensors.items())
+    return {f"heads/{task}/{name}": tensor.detach() for task, name, tensor in named}
 
 
 def _header(
     heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]], provenance: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     return {
-        "schema_version": _SCHEMA,
+        "schema_version": _SCHEMA if any(head.residual for head in heads.values()) else 1,
         "heads": {task: {"normalize": head.normalize} for task, head in heads.items()},
         "classes": {task: list(names) for task, names in classes.items()},
         "provenance": dict(provenance or {}),
@@ -234,7 +234,8 @@ def _heads(described: Mapping[str, Any], tensors: State) -> dict[str, Head]:
     heads = {}
     for task, options in described.items():
         own = _under(f"heads/{task}/", tensors)
-        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"])
+        residual = Residual(own["down"], own["up"]) if "up" in own else None
+        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"], residual=residual)
     return heads
 
 
