@@ -106,7 +106,7 @@ def prodistill(
         if student.names:
             pairs, fixed = _pairs(stacks, blocks, unit, merged, shots)
             student.fit(
-                lambda own, call, u=unit, f=fixed: blocks.run(u, f | own, call), pairs, lr, epochs, seed
+                lambda own, call, u=unit, f=fixed: blocks.run(u, {**f, **own}, call), pairs, lr, epochs, seed
             )
             merged |= student.vectors()
     return lambda _stack, *, name: merged[name]
@@ -169,6 +169,7 @@ class Student:
                     "Use a smaller lr, or coefficients nearer to 0: a variance may have become negative.",
                 )
 
+    @torch.enable_grad()
     def _backward(self, run: Callable[[State, Any], list[Tensor]], batch: list[Pair]) -> Float[Tensor, ""]:
         """Give the loss, and the coefficients their gradient: the weight's, times the vectors."""
         sums = {n: (value * self.stacks[n]).sum(0) for n, value in self.coefficients.items()}
@@ -187,7 +188,7 @@ class Student:
 
 def _pairs(
     stacks: Stacks, blocks: Blocks, unit: Any, merged: Mapping[str, Tensor], shots: int
-) -> tuple[list[list[Pair]], State]:
+) -> tuple[list[list[Pair]], dict[str, Tensor]]:
     """Collect, by task and batch, what the merged unit is given, and what the expert's makes of its own.
 
     Returns:
