@@ -394,14 +394,15 @@ class RunCLI(LightningCLI):
             unknown=evaluation.unknown,
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
-            notes=[*([guard.verdict] if guard.verdict else []), *self._labels_read()],
+            notes=[*([guard.verdict] if guard.verdict else []), *self._beyond_one_model()],
             details=self._routing_details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
 
-    def _labels_read(self) -> list[str]:
-        """Say so where labels of adaptation images were read."""
-        return ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
+    def _beyond_one_model(self) -> list[str]:
+        """Say so where labels of adaptation images were read, and where tasks have parts of their own."""
+        labelled = ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
+        return labelled + (["an adapter per task"] if self.model.adapters is not None else [])
 
     def _routing_details(self, evaluation: Evaluation) -> dict[str, Any]:
         """Tell who was routed where, what the honest baselines reach, and what the mixture costs."""
@@ -480,8 +481,8 @@ class RunCLI(LightningCLI):
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
         config = yaml.safe_load(self._resolved())
-        routed, digests = self.model.mixture is not None, self.model.vectors.digests
-        return provenance.model_card(sources, digests, config, row, routed=routed)
+        kind = {"routed": self.model.mixture is not None, "adapted": self.model.adapters is not None}
+        return provenance.model_card(sources, self.model.vectors.digests, config, row, **kind)
 
 
 def _is_first_process() -> bool:

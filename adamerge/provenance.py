@@ -37,6 +37,10 @@ found = model.predict(images)  # PIL images; found.task, .class_name, .probabili
 
 `adamerge predict --model FOLDER --data IMAGES --out FILE.parquet` does the same for a folder of images.
 """
+_ADAPTED = """What is measured here has a correction of each task's features (Representation Surgery) in
+`heads.safetensors`. `adamerge.load("FOLDER").predict(images, task=NAME)` applies it; elsewhere the weights
+load without it, and what is measured here does not hold.
+"""
 _BASELINES = {
     "oracle": "the true task's expert",
     "hard_top_1": "the router's best expert alone",
@@ -118,6 +122,7 @@ def model_card(
     row: ResultRow | None = None,
     *,
     routed: bool = False,
+    adapted: bool = False,
 ) -> str:
     """Write a model card in the hub's form: front matter, what was merged, how, and how well.
 
@@ -127,6 +132,7 @@ def model_card(
         config: The resolved configuration.
         row: The evaluated row, once there is one.
         routed: Whether every input gets a mixture of its own.
+        adapted: Whether heads read corrected features.
     """
     front = {
         "tags": ["merge", "adamerge"],
@@ -138,7 +144,7 @@ def model_card(
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# Merged by adamerge {adamerge.__version__}: {config.get('method', 'adaptive')}\n\n{listed}\n\n"
-        f"{_ROUTED if routed else _STATIC}\n{measured}"
+        f"{_ROUTED if routed else _STATIC}{_ADAPTED if adapted else ''}\n{measured}"
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
     )
 
