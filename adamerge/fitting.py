@@ -30,7 +30,7 @@ from adamerge.errors import AdamergeError, InputError, nearest
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.mixture import latency, stored
-from adamerge.models import ModuleBackbone, open_backbone, open_heads
+from adamerge.models import ModuleBackbone, Surgery, open_backbone, open_heads
 from adamerge.models.opening import require_same_function
 from adamerge.objectives import Objective
 from adamerge.plots import write_routing
@@ -61,6 +61,7 @@ def merge_task(
     coefficients: Coefficients | None = None,
     objective: Objective | None = None,
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
+    adapters: Surgery | None = None,
     images_per_pass: int = 16,
     recalibrate: int = 0,
     force: bool = False,
@@ -86,6 +87,7 @@ def merge_task(
             router (adamerge.Router) the model is another one for every input.
         objective: What is minimised; default: entropy.
         optimizer: The optimizer; default: Adam at 1e-3.
+        adapters: Per-task corrections of the merged model's features (adamerge.Surgery), learned too.
         images_per_pass: Small batches of several tasks share a forward pass up to this size.
         recalibrate: Images per task by which BatchNorm statistics of the merged model are measured again;
             0: they are merged like weights.
@@ -121,6 +123,7 @@ def merge_task(
         coefficients,
         objective,
         optimizer=optimizer,
+        adapters=adapters,
         images_per_pass=images_per_pass,
         recalibrate=recalibrate,
         experts=replace(originals, digests=vectors.digests),
@@ -218,6 +221,7 @@ _CLASS_NAMES = (
             ),
             *("RoutingEntropy", "TaskIdentity", "Mixed", "SharpnessAware"),
             *("Supervised", "FrankWolfe", "NaturalGradient", "CMAES", "RandomSearch", "BiLevel"),
+            *("Surgery",),
         )
     ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")),
@@ -353,9 +357,10 @@ class RunCLI(LightningCLI):
     def _require_steps(self) -> None:
         """Refuse to learn in no step, and to take steps where nothing can be learned."""
         steps, kind = self.trainer.max_steps, type(self.model.coefficients).__name__
-        if steps < 1 and any(True for _ in self.model.coefficients.parameters()):
+        learns = any(True for _ in self.model.learned.parameters())
+        if steps < 1 and learns:
             raise InputError(f"trainer.max_steps={steps}.", "It must be 1 or more.")
-        if steps != 0 and not any(True for _ in self.model.coefficients.parameters()):
+        if steps != 0 and not learns:
             raise InputError(f"{kind} has nothing to learn.", "Set trainer.max_steps to 0.")
 
     def after_fit(self) -> None:
@@ -403,14 +408,15 @@ class RunCLI(LightningCLI):
             unknown=evaluation.unknown,
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
-            notes=[*([selector.verdict] if selector.verdict else []), *self._labels_read()],
+            notes=[*([selector.verdict] if selector.verdict else []), *self._beyond_one_model()],
             details=self._start_details() | self._routing_details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
 
-    def _labels_read(self) -> list[str]:
-        """Say so where labels of adaptation images were read."""
-        return ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
+    def _beyond_one_model(self) -> list[str]:
+        """Say so where labels of adaptation images were read, and where tasks have parts of their own."""
+        labelled = ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
+        return labelled + (["an adapter per task"] if self.model.adapters is not None else [])
 
     def _start_details(self) -> dict[str, Any]:
         """Tell the accuracy under the initial coefficients, where it is wanted."""
@@ -494,8 +500,8 @@ class RunCLI(LightningCLI):
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
         config = yaml.safe_load(self._resolved)
-        routed, digests = self.model.mixture is not None, self.model.vectors.digests
-        return provenance.model_card(sources, digests, config, row, routed=routed)
+        kind = {"routed": self.model.mixture is not None, "adapted": self.model.adapters is not None}
+        return provenance.model_card(sources, self.model.vectors.digests, config, row, **kind)
 
 
 def _is_first_process() -> bool:

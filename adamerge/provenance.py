@@ -38,6 +38,10 @@ found = model.predict(images)  # PIL images; found.task, .class_name, .probabili
 
 `adamerge predict --model FOLDER --data IMAGES --out FILE.parquet` does the same for a folder of images.
 """
+_ADAPTED = """What is measured here has a correction of each task's features (Representation Surgery) in
+`heads.safetensors`. `adamerge.load("FOLDER").predict(images, task=NAME)` applies it; elsewhere the weights
+load without it, and what is measured here does not hold.
+"""
 _BASELINES = {
     "oracle": "the true task's expert",
     "hard_top_1": "the router's best expert alone",
@@ -120,6 +124,7 @@ def model_card(
     *,
     routed: bool = False,
     flow: bool = False,
+    adapted: bool = False,
 ) -> str:
     """Write a model card in the hub's form: front matter, what was merged, how, and how well.
 
@@ -130,6 +135,7 @@ def model_card(
         row: The evaluated row, once there is one.
         routed: Whether every input gets a mixture of its own.
         flow: Whether blocks of several models run in an order of their own.
+        adapted: Whether heads read corrected features.
     """
     front = {
         "tags": ["merge", "adamerge"],
@@ -142,7 +148,7 @@ def model_card(
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# Merged by adamerge {adamerge.__version__}: {config.get('method', 'adaptive')}\n\n{listed}\n\n"
-        f"{told}\n{measured}"
+        f"{told}{_ADAPTED if adapted else ''}\n{measured}"
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
     )
 

@@ -114,6 +114,6 @@ def test_inputs_of_a_run_name_the_labels_that_it_learns_on(
     data, task = memory_data(), make_task(clip, objective=objective())
     asked: list[bool] = []
     monkeypatch.setattr(data, "fingerprint", lambda *, labelled: asked.append(labelled) or {})
-    run = SimpleNamespace(model=task, datamodule=data, _resolved=lambda: "{}")
+    run = SimpleNamespace(model=task, datamodule=data, _resolved="{}")
     assert RunCLI._inputs(run)["data"] == {}  # type: ignore[arg-type]  # what it reads of a run
     assert asked == [labelled]

@@ -103,6 +103,8 @@ def test_the_model_card_is_front_matter_and_text() -> None:
     assert "| ties | 80.0 | 90.0 | 85.0 | - |" in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == config
     assert "accuracy" not in model_card(sources, digests, config)
+    assert "correction of each task's features" not in card
+    assert "correction of each task's features" in model_card(sources, digests, config, adapted=True)
 
 
 DETAILS = {

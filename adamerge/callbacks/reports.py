@@ -111,6 +111,7 @@ class MergedModel(pl.Callback):
             options: dict[str, Any] = {"like": self.like, "card": self.card, "overwrite": True}
             save_mixture(pl_module.mixture, self.folder, provenance=provenance, **options)
             return
-        companions = partial(write_companions, heads=pl_module.heads, classes=classes, provenance=provenance)
+        told: dict[str, Any] = {"classes": classes, "provenance": provenance}
+        companions = partial(write_companions, heads=pl_module.fitted_heads, **told)
         state = pl_module.merged_state()
         save(state, self.folder, like=self.like, overwrite=True, card=self.card, companions=companions)

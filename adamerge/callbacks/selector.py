@@ -85,7 +85,7 @@ class Selector(pl.Callback):
         if self.verdict or not self.every_n_steps:
             return
         if self._last:  # a run that had ended goes on from its end
-            pl_module.coefficients.load_state_dict(self._last)
+            pl_module.learned.load_state_dict(self._last)
             self._last = {}
         self._listen(pl_module)
         if self._expert and not self._start:
@@ -111,8 +111,8 @@ class Selector(pl.Callback):
         if self._expert:
             if self._looked_at != trainer.global_step:
                 self._remember(trainer, pl_module, self._look(pl_module))
-            self._last = _copy_of(pl_module.coefficients)
-            pl_module.coefficients.load_state_dict(self._best["values"])
+            self._last = _copy_of(pl_module.learned)
+            pl_module.learned.load_state_dict(self._best["values"])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Do so too where a run resumes after its last step, and nothing is left to train."""
@@ -180,12 +180,12 @@ class Selector(pl.Callback):
         self._looks_since_best += 1
         is_start = not self._best["values"]
         if is_start or (score > self._best["score"] and not self._collapse_in(signs)):
-            values, step = _copy_of(module.coefficients), trainer.global_step
+            values, step = _copy_of(module.learned), trainer.global_step
             self._best = {"score": score, "step": step, "values": values}
             self._looks_since_best = 0
 
     def _roll_back(self, trainer: pl.Trainer, module: MergeTask, reason: str) -> None:
-        module.coefficients.load_state_dict(self._best["values"])
+        module.learned.load_state_dict(self._best["values"])
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
         self.verdict = (

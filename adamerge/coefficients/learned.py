@@ -26,16 +26,21 @@ class Learned(Coefficients):
         clamp: "off": any value; "on": clamped to [0, 1] in the forward pass, as the official code does
             (outside the range the gradient is zero); "projected": the parameter itself is clipped
             after every step.
+        frozen: The values are not learned: a static merge, which something else is learned on top of.
 
     Raises:
         InputError: An option is out of its range.
     """
+
+    values: Tensor
 
     def __init__(
         self,
         grouping: Grouping = "tensor",
         initial: float | list[float] = 0.3,
         clamp: Clamp = "off",
+        *,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         values = initial if isinstance(initial, list) else [initial]
@@ -44,12 +49,12 @@ class Learned(Coefficients):
         if clamp not in ("off", "on", "projected"):
             raise InputError(f"clamp={clamp!r} is unknown.", "Use 'off', 'on' or 'projected'.")
         group_of((), grouping)
-        self.grouping, self.initial, self.clamp = grouping, initial, clamp
+        self.grouping, self.initial, self.clamp, self.frozen = grouping, initial, clamp, frozen
         self.tasks: tuple[str, ...] = ()
         self.groups: list[str] = []
 
     def build(self, tasks: Sequence[str], names: Sequence[str]) -> None:
-        """Create one fp32 parameter ``values [task, group]``.
+        """Create one fp32 parameter ``values [task, group]``; a buffer where they are frozen.
 
         Raises:
             InputError: ``initial`` is a list of another length than the tasks.
@@ -62,7 +67,10 @@ class Learned(Coefficients):
         self.tasks = tuple(tasks)
         self.groups, index = group_of(names, self.grouping)
         self.register_buffer("index", torch.tensor(index), persistent=False)
-        self.values = nn.Parameter(self._start())
+        if self.frozen:
+            self.register_buffer("values", self._start())
+        else:
+            self.values = nn.Parameter(self._start())
 
     def forward(self) -> Float[Tensor, "task tensor"]:
         """Give one coefficient per task and tensor."""

@@ -18,7 +18,7 @@ def stored(mixture: Mixture) -> dict[str, Size]:
     del sizes["base"], sizes["rest"]
     shared = [mixture.shared[name] for name in mixture.backbone.names]
     router = [] if mixture.routing is None else [*mixture.routing.state_dict().values()]
-    heads = [x for head in mixture.heads.values() for x in (head.weight, head.bias) if x is not None]
+    heads = [x for head in mixture.heads.values() for x in head.tensors.values()]
     parts = {"shared": shared, "router": router, "heads": heads}
     experts = {f"experts' {part}": size for part, size in sizes.items()}
     return {part: Size.of(tensors) for part, tensors in parts.items()} | experts

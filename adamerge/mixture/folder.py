@@ -16,14 +16,14 @@ from adamerge.dataflow import Flow, FlowBackbone
 from adamerge.dataflow.flow import FOREIGN
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
-from adamerge.models import Backbone, Head, ModuleBackbone, open_backbone
+from adamerge.models import Backbone, Head, ModuleBackbone, Residual, open_backbone
 from adamerge.models.opening import format_of
 from adamerge.state import State
 from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
 from adamerge.vectors.ternary import TernaryBlock
 
 DOCUMENT, WEIGHTS, HEADS = "adamerge.json", "model.safetensors", "heads.safetensors"
-_SCHEMA = 1  # one more where there is a flow: an older adamerge would run its blocks in their old order
+_SCHEMA = 2  # 1, which older versions read, where there is no flow and no head has a residual
 _BLOCKS: dict[str, Any] = {b.__name__: b for b in (DenseBlock, LowRankBlock, SparseBlock, TernaryBlock)}
 
 
@@ -68,7 +68,7 @@ def save_mixture(
         "aliases": {a: name for a, name in mixture.vectors.aliases.items() if name in mixture.read},
     }
     if isinstance(mixture.backbone, FlowBackbone):
-        document |= {"schema_version": _SCHEMA + 1, "flow": mixture.backbone.flow.document()}
+        document |= {"schema_version": _SCHEMA, "flow": mixture.backbone.flow.document()}
     with atomic_folder(out, overwrite=overwrite) as folder:
         if like is not None:
             copy_companions(Path(like), folder)
@@ -193,15 +193,15 @@ def _describe_routing(routing: Routing | None) -> dict[str, Any] | None:
 
 
 def _head_tensors(heads: Mapping[str, Head]) -> dict[str, Tensor]:
-    weights = {f"heads/{task}/weight": head.weight for task, head in heads.items()}
-    return weights | {f"heads/{task}/bias": h.bias for task, h in heads.items() if h.bias is not None}
+    named = ((task, *item) for task, head in heads.items() for item in head.tensors.items())
+    return {f"heads/{task}/{name}": tensor.detach() for task, name, tensor in named}
 
 
 def _header(
     heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]], provenance: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     return {
-        "schema_version": _SCHEMA,
+        "schema_version": _SCHEMA if any(head.residual for head in heads.values()) else 1,
         "heads": {task: {"normalize": head.normalize} for task, head in heads.items()},
         "classes": {task: list(names) for task, names in classes.items()},
         "provenance": dict(provenance or {}),
@@ -216,7 +216,7 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))
         version = document["schema_version"]
-        is_newer = version > _SCHEMA + ("flow" in document)
+        is_newer = version > _SCHEMA
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{path} holds no model of adamerge: it has no {DOCUMENT}.",
@@ -248,7 +248,8 @@ def _heads(described: Mapping[str, Any], tensors: State) -> dict[str, Head]:
     heads = {}
     for task, options in described.items():
         own = _under(f"heads/{task}/", tensors)
-        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"])
+        residual = Residual(own["down"], own["up"]) if "up" in own else None
+        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"], residual=residual)
     return heads
 
 

@@ -1,6 +1,7 @@
 """Forward passes that several tasks share, and the losses that follow from their features."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -63,7 +64,8 @@ def task_losses(
     found: dict[str, Tensor] = {}
     for task, part, seen in zip(tasks, features.split(sizes), parts, strict=True):
         known = batch[task].get("teacher")
-        ours, theirs = ({} if x is None else _views(heads[task], x) for x in (part, known))
+        bare = replace(heads[task], residual=None)  # experts need no correction
+        ours, theirs = _views(heads[task], part), {} if known is None else _views(bare, known)
         theirs |= {name: x for name, x in batch[task].items() if name == "labels"}
         if "augmented" in seen:
             seen["augmented"] = heads[task].logits(seen["augmented"])
@@ -76,4 +78,4 @@ def task_losses(
 
 def _views(head: Head, features: Float[Tensor, "image dim"]) -> dict[str, Tensor]:
     """Give what an objective may read of a model, by its name."""
-    return {"features": features, "prediction": head.logits(features)}
+    return {"features": head.features(features), "prediction": head.logits(features)}

@@ -38,7 +38,7 @@ class Trace:
 def trace(backbone: Backbone, weights: State, inputs: Tensor) -> Trace:
     """Run one forward pass and note which weights it uses, and how."""
     tracer = _Tracer(weights)
-    with torch.no_grad(), _plain_attention(), tracer:
+    with torch.no_grad(), plain_attention(), tracer:
         backbone.features(weights, inputs)
     return tracer.found
 
@@ -64,7 +64,7 @@ def gram_matrices(
     collector = _Collector(weights, uses)
     for batch in batches:
         collector.awaited = sum(uses.values())
-        with torch.no_grad(), suppress(_AllSeen), _plain_attention(), collector:
+        with torch.no_grad(), suppress(_AllSeen), plain_attention(), collector:
             backbone.features(weights, batch)
     return {name: collector.mean(name) for name in uses}
 
@@ -155,7 +155,7 @@ def _is_whole(right: Tensor, weight: Tensor) -> bool:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Keep torch from computing a whole attention module in one operation, which would hide its products."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

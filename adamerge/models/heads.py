@@ -16,6 +16,27 @@ _PROMPTS = 512  # encoded at once: 397 classes with 80 templates each do not fit
 
 
 @dataclass(frozen=True)
+class Residual:
+    """A low-rank correction of features: z - up relu(down z), in fp32 (Representation Surgery).
+
+    Attributes:
+        down: ``[rank, dim]``.
+        up: ``[dim, rank]``.
+    """
+
+    down: Float[Tensor, "rank dim"]
+    up: Float[Tensor, "dim rank"]
+
+    def __call__(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image dim"]:
+        """Correct features."""
+        return features - functional.linear(functional.linear(features, self.down).relu(), self.up)
+
+    def to(self, device: torch.device) -> "Residual":
+        """Give the residual on a device."""
+        return Residual(self.down.to(device), self.up.to(device))
+
+
+@dataclass(frozen=True)
 class Head:
     """A task's frozen linear classifier.
 
@@ -24,12 +45,28 @@ class Head:
         bias: ``[class]`` fp32, or None.
         normalize: Whether features are L2-normalised first, as CLIP does.
         role: What messages call it.
+        residual: The task's own correction of a merged model's features, or None.
     """
 
     weight: Float[Tensor, "class dim"]
     bias: Float[Tensor, " class"] | None = None
     normalize: bool = True
     role: str = "the head"
+    residual: Residual | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by their names in files."""
+        own = {"weight": self.weight, "bias": self.bias}
+        own |= {} if self.residual is None else {"down": self.residual.down, "up": self.residual.up}
+        return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+    def features(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image dim"]:
+        """Give what the head reads of features: in fp32, corrected where there is a residual."""
+        if self.residual is None:
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            return self.residual(features.float())
 
     def logits(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image class"]:
         """Normalise and classify in fp32, outside autocast: CLIP's logits are too large for bf16.
@@ -44,7 +81,7 @@ class Head:
                 "Head and backbone must share the projection.",
             )
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
+            features = self.features(features).float()
             if self.normalize:
                 features = functional.normalize(features, dim=-1)
             return functional.linear(features, self.weight, self.bias)
@@ -52,7 +89,8 @@ class Head:
     def to(self, device: torch.device) -> "Head":
         """Give the head on a device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+        residual = None if self.residual is None else self.residual.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, residual=residual)
 
     @classmethod
     def from_file(cls, path: str | Path, *, normalize: bool = True) -> "Head":

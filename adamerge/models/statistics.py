@@ -10,6 +10,7 @@ import torch
 
 from adamerge.errors import InputError, shortlist
 from adamerge.models.base import Backbone
+from adamerge.models.blockwise import Blocks
 from adamerge.models.experts import Experts, Inputs
 from adamerge.models.fisher import MODES, FisherMode
 from adamerge.models.heads import Head
@@ -18,7 +19,7 @@ from adamerge.state import State
 
 
 class Statistics(Mapping[str, ExpertStatistic]):
-    """What static methods may ask of the experts: "fisher", "gram" and "prefix_gram".
+    """What static methods may ask of the experts: "fisher", "gram", "prefix_gram" and "blocks".
 
     Each is called with a parameter's name and the tensors merged so far, and gives one tensor for all
     tasks on the CPU, or None where the parameter has no such statistic; ``order`` lists the parameters
@@ -29,6 +30,8 @@ class Statistics(Mapping[str, ExpertStatistic]):
     - "prefix_gram": the same where the expert's block reads what the merged blocks before it give
       (RegMean++, arXiv:2508.03121). What is merged is looked up in the mapping that comes with the call;
       ask in the given order. It is not kept.
+    - "blocks": no tensors, but the model's blocks, and what they are given (ProDistill, arXiv:2502.12706);
+      see `adamerge.models.blockwise.Blocks`. It is not kept.
     - "fisher": diagonals ``[task, *param]`` of the Fisher matrices (arXiv:2111.09832).
 
     Nothing is computed before it is asked for. Then as many parameters as fit into the memory budget are
@@ -101,6 +104,7 @@ class Statistics(Mapping[str, ExpertStatistic]):
             "fisher": Fisher(experts, fisher_mode),
             "gram": Gram(experts),
             "prefix_gram": PrefixGram(experts),
+            "blocks": Blocks(experts),
         }
 
     @property

@@ -14,7 +14,8 @@ from adamerge.coefficients import Coefficients
 from adamerge.data.module import Batch
 from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.mixture import RouterStep, joined_images, shared_passes, task_losses
-from adamerge.models import Backbone, Head, require_class_names
+from adamerge.models import Backbone, Head, Surgery, require_class_names
+from adamerge.models.adapters import surrogate as handed_on
 from adamerge.objectives import Entropy, Objective
 from adamerge.optimizers import BiLevel, CoefficientOptimizer, Reads
 from adamerge.progress import track
@@ -38,9 +39,9 @@ def published_adam(parameters: Iterable[Any]) -> Optimizer:
 class MergeTask(Evaluating):
     """Learns merging coefficients on unlabelled inputs, and evaluates the merged model.
 
-    The module's only parameters are the coefficients', in fp32; base, vectors, backbone and heads are
-    frozen and stay out of checkpoints. Static coefficients give one merged model; a `Routing` gives a
-    `Mixture`, another model for every input.
+    The module's only parameters are the coefficients' and adapters', in fp32; base, vectors, backbone and
+    heads are frozen and stay out of checkpoints. Static coefficients give one merged model; a `Routing`
+    gives a `Mixture`, another model for every input.
 
     Args:
         vectors: The base and its experts.
@@ -53,6 +54,8 @@ class MergeTask(Evaluating):
             more is faster on a GPU, fewer needs less memory; the result is the same.
         experts: The experts as they are, for teachers and for their own accuracy, where ``vectors`` hold
             them in a form that loses something; default: ``vectors``.
+        adapters: Per-task corrections of the merged model's features, learned with the coefficients; alone
+            where those are frozen.
         recalibrate: Images per task by which the merged model's BatchNorm statistics are measured again
             wherever it is evaluated or written; 0: they are merged like weights.
 
@@ -72,10 +75,11 @@ class MergeTask(Evaluating):
         optimizer: MakeOptimizer = published_adam,
         images_per_pass: int = 16,
         experts: TaskVectors | None = None,
+        adapters: Surgery | None = None,
         recalibrate: int = 0,
     ) -> None:
-        parts = {"coefficients": coefficients, "experts": experts, "recalibrate": recalibrate}
-        super().__init__(vectors, backbone, heads, **parts)
+        parts = {"coefficients": coefficients, "experts": experts, "adapters": adapters}
+        super().__init__(vectors, backbone, heads, **parts, recalibrate=recalibrate)
         self.objective = objective or Entropy()
         self.objective.build(vectors.tasks)
         self._router_step = self._require_fitting_objective()
@@ -86,6 +90,7 @@ class MergeTask(Evaluating):
         self._last_good = LastGood()
         self._memory: dict[str, float] = {}  # the objective's, when the step began
         self.known = Known()
+        self._leaves: dict[str, Tensor] = {}  # the adapters, within a step
 
     def _require_fitting_objective(self) -> RouterStep | None:
         """Refuse an objective that these coefficients cannot serve; a router takes steps of its own."""
@@ -99,12 +104,12 @@ class MergeTask(Evaluating):
         return None
 
     def configure_optimizers(self) -> Optimizer | None:
-        """Make the optimizer of the coefficients; None where there is nothing to learn.
+        """Make the optimizer of coefficients and adapters; None where there is nothing to learn.
 
         Raises:
             InputError: It is of no use to these coefficients, this objective or several processes.
         """
-        parameters = list(self.coefficients.parameters())
+        parameters = list(self.learned.parameters())
         optimizer = self.make_optimizer(parameters) if parameters else None
         if optimizer and not self.objective.differentiable and getattr(optimizer, "reads", "") != "loss":
             name = type(self.objective).__name__
@@ -133,7 +138,7 @@ class MergeTask(Evaluating):
         """Let the objective forget the last step, and remember where this one starts."""
         self.objective.begin_step()
         self._memory = self.objective.per_task_state()
-        self._last_good.consider(self.coefficients, self._optimizers())
+        self._last_good.consider(self.learned, self._optimizers())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take a staged step: merge once, one backward per pass, one projection.
@@ -150,9 +155,7 @@ class MergeTask(Evaluating):
         if self._reads == "loss":  # one batch is judged many times, each time anew
             self.objective.begin_step()
         batch = self.known.added_to(batch)
-        step = self._space_step if isinstance(self.coefficients, Space) else self._static_step
-        step = step if self.mixture is None else self._routed_step
-        surrogate, gradient = step(batch, scale)
+        surrogate, gradient = self._adapted_step(self._step, batch, scale)
         self.losses = self._gathered(self.losses)
         if self._reads == "loss":
             self._require_comparable()
@@ -176,6 +179,30 @@ class MergeTask(Evaluating):
                 "Search with an objective that judges every image, such as KLTeacher.",
             )
 
+    @property
+    def _step(self) -> Callable[[Batch, float], tuple[Tensor, Tensor | None]]:
+        """How these coefficients take a step."""
+        if self.mixture is not None:
+            return self._routed_step
+        is_matrix = self._learns and not isinstance(self.coefficients, Space)
+        return self._static_step if is_matrix else self._space_step
+
+    @property
+    def _learns(self) -> bool:
+        """Whether the coefficients do."""
+        return any(True for _ in self.coefficients.parameters())
+
+    def _adapted_step(
+        self, step: Callable[[Batch, float], tuple[Tensor, Tensor | None]], batch: Batch, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take a step with the adapters' gradient beside the coefficients'."""
+        if self.adapters is None:
+            return step(batch, scale)
+        self._leaves = {n: p.detach().clone().requires_grad_() for n, p in self.adapters.named_parameters()}
+        surrogate, gradient = step(batch, scale)
+        leaves, self._leaves = self._leaves, {}
+        return surrogate + handed_on(self.adapters, leaves, scale), gradient
+
     def _static_step(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         """Give a scalar of value 0 with the gradient of the coefficients, and that gradient."""
         matrix = self.coefficients()
@@ -190,9 +217,10 @@ class MergeTask(Evaluating):
         return ((matrix - matrix.detach()) * result.gradient).sum(), result.gradient
 
     def _space_step(self, batch: Batch, scale: float) -> tuple[Tensor, None]:
-        """Give a scalar of value 0 with the gradient of coefficients that are finer than a matrix."""
+        """Give a scalar of value 0 with the gradient of coefficients finer than a matrix, or of none."""
         passes = [self._pass(tasks, batch) for tasks in shared_passes(batch, self.images_per_pass)]
-        _, surrogate = leaf_step(self._merged(self.read_names), passes, scale=scale)
+        merged = self._merged(self.read_names) if self._learns else self._weights
+        _, surrogate = leaf_step(merged, passes, scale=scale)
         return surrogate, None
 
     @property
@@ -218,7 +246,7 @@ class MergeTask(Evaluating):
     def on_after_backward(self) -> None:
         """Where no task was worth a step, leave nothing to step with: momentum must not move either."""
         if not self.losses and self._loss_scale() == 1:  # a loss scaler insists on gradients
-            for parameter in self.coefficients.parameters():
+            for parameter in self.learned.parameters():
                 parameter.grad = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -228,7 +256,7 @@ class MergeTask(Evaluating):
         """
         super().optimizer_step(*args, **kwargs)
         with self._keeping_the_last_good():
-            require_finite_parameters(self.global_step, self.coefficients)
+            require_finite_parameters(self.global_step, self.learned)
         self.coefficients.after_step()
         due = self.objective.recovery_due()
         if self._world_size() > 1:
@@ -239,8 +267,10 @@ class MergeTask(Evaluating):
         self._last_good.finish()
 
     def restart_coefficients(self) -> None:
-        """Go back to the initial coefficients and forget the optimizer's moments."""
+        """Go back to the initial coefficients and adapters, and forget the optimizer's moments."""
         self.coefficients.reset()
+        if self.adapters is not None:
+            self.adapters.reset()
         for optimizer in self._optimizers():
             optimizer.state.clear()
 
@@ -252,7 +282,7 @@ class MergeTask(Evaluating):
         try:
             yield
         except NumericError:
-            self._last_good.restore(self.coefficients, self._optimizers())
+            self._last_good.restore(self.learned, self._optimizers())
             raise
 
     def _pass(self, tasks: Sequence[str], batch: Batch) -> Callable[[State], Tensor]:
@@ -261,8 +291,9 @@ class MergeTask(Evaluating):
             if n_views == 2:
                 images = torch.cat([images, joined_images(tasks, self._second_views(tasks, batch))])
                 images = self.backbone.normalised(images) if images.is_floating_point() else images
-            features, *more = self.backbone.features({**leaves, **self._fixed}, images).chunk(n_views)
-            model: dict[str, Any] = {"heads": self.heads, "objective": self.objective}
+            features, *more = self.backbone.features({**self._fixed, **leaves}, images).chunk(n_views)
+            heads = self.adapters.fitted(self.heads, self._leaves) if self.adapters else self.heads
+            model: dict[str, Any] = {"heads": heads, "objective": self.objective}
             model |= {"augmented": more[0]} if more else {}
             found = task_losses(features, tasks, batch, **model)
             # Tensors until `_gathered` reads all at once.
@@ -338,6 +369,8 @@ class MergeTask(Evaluating):
         """Move the frozen parts to the device and cache what teachers say and routers read."""
         (self.mixture or self.coefficients).train()
         self._place()
+        if not self._learns and self.mixture is None:
+            self._weights = self.evaluated()  # they stay as they are
         if self._router_step is not None:
             for task in track(self.data.tasks_here(), "Caching what the router reads"):
                 self._router_step.prepare(task, self.data.loader(self.data.adaptation(task)))
@@ -363,12 +396,12 @@ class MergeTask(Evaluating):
         memory, began = self.objective.per_task_state(), self._last_good.began
         memory = self._memory if self._last_good.under_way else memory
         if began is not None:
-            state = began[0]
-            checkpoint["state_dict"] = {f"coefficients.{name}": value for name, value in state.items()}
+            checkpoint["state_dict"] = began[0]
             checkpoint |= {"optimizer_states": began[1]} if "optimizer_states" in checkpoint else {}
         checkpoint[_CHECKPOINT_KEY] = {
             "tasks": list(self.vectors.tasks),
             "groups": self.coefficients.table()[0],
+            "adapters": self._adapters_told,
             "digests": dict(self.vectors.digests),
             "objective": memory,
         }
@@ -383,14 +416,19 @@ class MergeTask(Evaluating):
         if saved is None:
             raise InputError("this checkpoint was not written by adamerge.")
         ours: dict[str, Any] = {"tasks": list(self.vectors.tasks), "groups": self.coefficients.table()[0]}
-        ours["digests"] = dict(self.vectors.digests)
+        ours |= {"adapters": self._adapters_told, "digests": dict(self.vectors.digests)}
         for key, value in ours.items():
+            saved.setdefault(key, [])  # checkpoints from before there were adapters
             if saved[key] != value:
                 raise InputError(
                     f"the checkpoint has other {key}: {_difference(saved[key], value)}.",
                     "Resume with the configuration and weights that it was written with.",
                 )
         self.objective.load_per_task_state(saved["objective"])
+
+    @property
+    def _adapters_told(self) -> list[str]:
+        return [] if self.adapters is None else [f"rank {self.adapters.rank}"]
 
 
 def _difference(saved: Any, ours: Any) -> str:

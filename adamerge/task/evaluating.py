@@ -73,7 +73,7 @@ class Evaluating(MergedParts):
         features = mixture_features(model) if model else self._static_features
         told = model is not None and model.routing is not None and model.routing.reads == "task"
         tasks = self._tested_with_expert if told else None
-        return evaluate(features, self.heads, self.data, self._walk_test, told=told, tasks=tasks)
+        return evaluate(features, self.fitted_heads, self.data, self._walk_test, told=told, tasks=tasks)
 
     def _static_features(self, batch: Tensor, _task: str) -> tuple[Tensor, None]:
         return self.backbone.features(self._weights, batch), None

@@ -8,14 +8,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamerge.coefficients import Coefficients, Learned, Routing
 from adamerge.data.datasets import Images
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import InputError
 from adamerge.mixture import Mixture
-from adamerge.models import Backbone, Head, recalibrate, walk
+from adamerge.models import Backbone, Head, Surgery, recalibrate, walk
 from adamerge.spaces import Space
 from adamerge.state import State
 from adamerge.vectors import TaskVectors
@@ -24,7 +24,7 @@ from adamerge.vectors import TaskVectors
 class MergedParts(pl.LightningModule):
     """A base, its experts and coefficients: one merged model, or a `Mixture` where they are a `Routing`.
 
-    The module's only parameters are the coefficients', in fp32; base, vectors, backbone and heads are
+    The module's only parameters are those of `learned`, in fp32; base, vectors, backbone and heads are
     frozen and stay out of checkpoints. For the arguments see `MergeTask`.
     """
 
@@ -37,12 +37,15 @@ class MergedParts(pl.LightningModule):
         coefficients: Coefficients | None,
         experts: TaskVectors | None,
         recalibrate: int,
+        adapters: Surgery | None,
     ) -> None:
         super().__init__()
         self.vectors, self.backbone, self.heads = vectors, backbone, dict(heads)
         self.experts = experts or vectors
         self.coefficients = coefficients or Learned()
-        self.recalibrate = recalibrate
+        self.recalibrate, self.adapters = recalibrate, adapters
+        if adapters is not None:
+            adapters.build(vectors.tasks, self.heads[vectors.tasks[0]].weight.shape[1])
         self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
         self._mixture: list[Mixture] = []  # in a list, so that its parameters are not the module's
         self._weights: State = {}
@@ -50,6 +53,8 @@ class MergedParts(pl.LightningModule):
         if isinstance(self.coefficients, Routing):
             if recalibrate:
                 raise InputError("recalibrate is of no use to a router: inputs differ.", "Leave it out.")
+            if adapters is not None:
+                raise InputError("adapters need static coefficients, found a router.", "Leave them out.")
             self._mixture.append(Mixture(vectors, backbone, self.heads, self.coefficients))
         else:
             what: Any = vectors if isinstance(self.coefficients, Space) else vectors.names
@@ -59,6 +64,17 @@ class MergedParts(pl.LightningModule):
     def mixture(self) -> Mixture | None:
         """The model whose weights depend on the input; None where coefficients are static."""
         return next(iter(self._mixture), None)
+
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """All that an optimizer may change, under its names in this module."""
+        parts: dict[str, nn.Module] = {"coefficients": self.coefficients}
+        return nn.ModuleDict(parts if self.adapters is None else parts | {"adapters": self.adapters})
+
+    @property
+    def fitted_heads(self) -> dict[str, Head]:
+        """The heads as they read the merged model: with their tasks' adapters, where there are any."""
+        return self.heads if self.adapters is None else self.adapters.fitted(self.heads)
 
     def weights(self, coefficients: Float[Tensor, "task tensor"]) -> State:
         """Give what the backbone reads, in fp32, under these coefficients; differentiable in them."""
@@ -102,14 +118,14 @@ class MergedParts(pl.LightningModule):
         return {name: value for name, value in found.items() if value is not weights[name]}
 
     def logits(self, weights: State, task: str, images: Tensor) -> Float[Tensor, "image class"]:
-        """Classify one task's images under given weights."""
-        return self.heads[task].logits(self.backbone.features(weights, images))
+        """Classify one task's images under given weights of a merged model."""
+        return self.fitted_heads[task].logits(self.backbone.features(weights, images))
 
     @torch.no_grad()
     def expert_logits(self, task: str, images: Images) -> Float[Tensor, "image class"]:
         """Give the logits of a task's own expert, on the CPU, in fp32 without autocast."""
-        weights = self._expert_weights(task)
-        return self._walk(lambda batch: self.logits(weights, task, batch), images)
+        weights, head = self._expert_weights(task), self.heads[task]
+        return self._walk(lambda batch: head.logits(self.backbone.features(weights, batch)), images)
 
     @torch.no_grad()
     def expert_features(self, task: str, images: Images) -> Float[Tensor, "image dim"]:

@@ -85,14 +85,14 @@ def leaf_step(
     after all passes.
 
     Args:
-        merged: Weights with their graph.
+        merged: Weights with their graph; those without one cost no gradient.
         passes: As in `staged_step`.
         scale: As in `staged_step`.
 
     Returns:
         One detached loss per pass; and a scalar of value 0 with the gradient of their sum.
     """
-    leaves = {name: weight.detach().requires_grad_() for name, weight in merged.items()}
+    leaves = {name: w.detach().requires_grad_(w.requires_grad) for name, w in merged.items()}
     losses = []
     for loss_of in passes:
         loss = loss_of(leaves)

@@ -1,5 +1,7 @@
 """What every registered static method and edit keeps: the invariants G1 to G6 of the specification."""
 
+from collections.abc import Container
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -65,10 +67,38 @@ class FakeStatistic:
         return torch.stack([row.T @ row for row in rows]) if tensor.dim() == 2 else None
 
 
+class FakeBlocks:
+    """One linear block, which reads noise that belongs to every expert's name."""
+
+    order, device = ("weight", "bias"), torch.device("cpu")
+    block = SimpleNamespace(names=order, files={"w": "weight", "b": "bias"})
+
+    def __init__(self, _: str, names: tuple[str, ...]) -> None:
+        self.tasks = names
+
+    def __call__(self, name: str, merged: State) -> None:
+        pass
+
+    def units(self) -> list[SimpleNamespace]:
+        return [self.block]
+
+    def calls(self, unit: SimpleNamespace, task: str, merged: State, shots: int) -> list[Tensor]:
+        return [torch.randn(4, 5, generator=torch.Generator().manual_seed(EXPERTS.index(task)))]
+
+    def rest(self, unit: SimpleNamespace, known: Container[str]) -> dict[str, Tensor]:
+        return {}
+
+    def run(self, unit: SimpleNamespace, weights: State, call: Tensor) -> list[Tensor]:
+        return [call @ weights["weight"].T + weights["bias"]]
+
+
+FAKES = {"blocks": FakeBlocks}
+
+
 def merged(method: str, vectors: TaskVectors) -> dict[str, Tensor]:
     """Merge with the statistics that the method needs."""
     needs = [need for need in METHODS[method].needs if need not in LOCAL_NEEDS]
-    statistics = {need: FakeStatistic(need, vectors.tasks) for need in needs}
+    statistics = {need: FAKES.get(need, FakeStatistic)(need, vectors.tasks) for need in needs}
     return merge(vectors, method, **({"statistics": statistics} if needs else {}))
 
 

@@ -17,8 +17,8 @@ from adamerge.static import Statistic
 class TestWhatIsComputedWhen:
     def test_they_are_the_statistics_that_methods_ask_for(self) -> None:
         statistics = Setup(mlp(), two_tasks(6)).statistics()
-        assert set(statistics) == {"fisher", "gram", "prefix_gram"}
-        assert len(statistics) == 3
+        assert set(statistics) == {"blocks", "fisher", "gram", "prefix_gram"}
+        assert len(statistics) == 4
         assert all(isinstance(statistic, Statistic) for statistic in statistics.values())
         assert statistics.tasks == ("a", "b")
 
