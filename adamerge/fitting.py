@@ -61,6 +61,7 @@ def merge_task(
     coefficients: Coefficients | None = None,
     objective: Objective | None = None,
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
+    decay: Literal["none", "linear"] = "none",
     adapters: Surgery | None = None,
     images_per_pass: int = 16,
     recalibrate: int = 0,
@@ -87,6 +88,7 @@ def merge_task(
             router (adamerge.Router) the model is another one for every input.
         objective: What is minimised; default: entropy.
         optimizer: The optimizer; default: Adam at 1e-3.
+        decay: "linear": the learning rate falls to 0 at the last step (trainer.max_steps); "none": it stays.
         adapters: Per-task corrections of the merged model's features (adamerge.Surgery), learned too.
         images_per_pass: Small batches of several tasks share a forward pass up to this size.
         recalibrate: Images per task by which BatchNorm statistics of the merged model are measured again;
@@ -123,6 +125,7 @@ def merge_task(
         coefficients,
         objective,
         optimizer=optimizer,
+        decay=decay,
         adapters=adapters,
         images_per_pass=images_per_pass,
         recalibrate=recalibrate,

@@ -3,12 +3,22 @@
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from builders import adapt, make_task, make_trainer, memory_data
 from conftest import TASKS
 from torch.testing import assert_close
 
-from adamerge import Components, Elements, FeatureMatching, FrankWolfe, InputError, KLTeacher, Learned
+from adamerge import (
+    Components,
+    Elements,
+    FeatureMatching,
+    FrankWolfe,
+    InputError,
+    KLTeacher,
+    Learned,
+    RandomSearch,
+)
 from adamerge.spaces import Space
 
 
@@ -63,4 +73,23 @@ def test_weights_of_all_components_at_first_step_like_numbers_alone(clip: Path) 
 def test_optimizers_of_a_matrix_refuse_finer_coefficients(clip: Path) -> None:
     task = make_task(clip, Components(), objective=KLTeacher(), optimizer=FrankWolfe)
     with pytest.raises(InputError, match="FrankWolfe needs one matrix"):
+        make_trainer(1).fit(task, datamodule=memory_data())
+
+
+def test_the_learning_rate_falls_to_zero_as_a_function_of_the_step(clip: Path) -> None:
+    """So a run that is resumed has the rates of one that was not."""
+    task = make_task(clip, objective=KLTeacher(), optimizer=sgd, decay="linear")
+    rates: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    adapt(task, memory_data(), 4, Watch())
+    assert rates == pytest.approx([0.05, 0.0375, 0.025, 0.0125])
+
+
+def test_a_search_has_no_rate_to_decay(clip: Path) -> None:
+    task = make_task(clip, objective=KLTeacher(), optimizer=RandomSearch, decay="linear")
+    with pytest.raises(InputError, match="no learning rate to decay"):
         make_trainer(1).fit(task, datamodule=memory_data())

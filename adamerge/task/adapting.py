@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from adamerge.task.known import Known, facts_of
 from adamerge.vectors import StepResult, TaskVectors, leaf_step, staged_step
 
 MakeOptimizer = Callable[[Any], Optimizer]
+Decay = Literal["none", "linear"]
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _CHECKPOINT_KEY = "adamerge"
 
@@ -50,6 +51,7 @@ class MergeTask(Evaluating):
         coefficients: What is learned; default: layer-wise AdaMerging's.
         objective: What is minimised; default: entropy.
         optimizer: Makes the optimizer from parameters; default: Adam at 1e-3, as published.
+        decay: "linear": the learning rate falls to 0 at the trainer's last step; "none": it stays.
         images_per_pass: Small batches of several tasks share a forward pass up to this many images;
             more is faster on a GPU, fewer needs less memory; the result is the same.
         experts: The experts as they are, for teachers and for their own accuracy, where ``vectors`` hold
@@ -73,6 +75,7 @@ class MergeTask(Evaluating):
         objective: Objective | None = None,
         *,
         optimizer: MakeOptimizer = published_adam,
+        decay: Decay = "none",
         images_per_pass: int = 16,
         experts: TaskVectors | None = None,
         adapters: Surgery | None = None,
@@ -84,7 +87,7 @@ class MergeTask(Evaluating):
         self.objective.build(vectors.tasks)
         self._router_step = self._require_fitting_objective()
         self.objective.start_at(list(self.coefficients.parameters()))
-        self.make_optimizer = optimizer
+        self.make_optimizer, self.decay = optimizer, decay
         self.images_per_pass = images_per_pass
         self.losses: dict[str, Any] = {}  # floats, but tensors within a step
         self._last_good = LastGood()
@@ -116,6 +119,8 @@ class MergeTask(Evaluating):
             raise InputError(f"this {name} has no gradient.", "Use adamerge.CMAES.")
         if isinstance(optimizer, CoefficientOptimizer):
             self._require_matrix(optimizer)
+        if optimizer and self.decay == "linear" and "lr" not in optimizer.param_groups[0]:
+            raise InputError(f"{type(optimizer).__name__} has no learning rate to decay.", "Use decay: none.")
         is_space = isinstance(self.coefficients, Space)
         if isinstance(optimizer, BiLevel) and (self._world_size() > 1 or not is_space):
             raise InputError("BiLevel needs masks, and one process.", "Use adamerge.Concrete on one device.")
@@ -136,9 +141,18 @@ class MergeTask(Evaluating):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the objective forget the last step, and remember where this one starts."""
+        self._decay()
         self.objective.begin_step()
         self._memory = self.objective.per_task_state()
         self._last_good.consider(self.learned, self._optimizers())
+
+    def _decay(self) -> None:
+        """Set the learning rates: a function of the step alone, so that a resumed run has the same."""
+        if self.decay == "none":
+            return
+        left = 1 - self.global_step / max(self.trainer.max_steps, 1)
+        for group in (group for optimizer in self._optimizers() for group in optimizer.param_groups):
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * max(left, 0.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take a staged step: merge once, one backward per pass, one projection.
