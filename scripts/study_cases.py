@@ -50,9 +50,15 @@ OBJECTIVES: dict[str, Document] = {
     "kl": {"class_path": "adamerge.KLTeacher", "init_args": {"temperature": 2.0}},
     "features": {"class_path": "adamerge.FeatureMatching", "init_args": {"distance": "l1"}},
 }
-SPACES = ("task", "block", "tensor")
-OPTIMIZER: Document = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1.0e-2}}
-GRID_STEPS = 200
+SPACES: dict[str, Document] = {
+    "task": {"class_path": "adamerge.Learned", "init_args": {"grouping": "task"}},
+    "tensor": {"class_path": "adamerge.Learned", "init_args": {"grouping": "tensor"}},
+    "component": {"class_path": "adamerge.Components", "init_args": {"kind": "weight"}},
+    "row": {"class_path": "adamerge.Elements", "init_args": {"per": "row"}},
+    "entry": {"class_path": "adamerge.Elements", "init_args": {"per": "entry"}},
+}
+OPTIMIZER: Document = {"class_path": "torch.optim.Adam", "init_args": {"lr": 3.0e-2}}
+GRID_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -197,10 +203,11 @@ def compositions(folder: Path, space: str) -> Iterator[Path]:
     """Write the method files of one coefficient space."""
     for start, row in STARTS.items():
         more = dict(row)
-        arguments = {"grouping": space, "initial": more.pop("initial"), "clamp": "off"}
+        coefficients = deepcopy(SPACES[space])
+        coefficients["init_args"]["initial"] = more.pop("initial")
         for name, objective in OBJECTIVES.items():
-            model = {**more, "objective": objective, "optimizer": OPTIMIZER}
-            model["coefficients"] = {"class_path": "adamerge.Learned", "init_args": arguments}
+            model = {**more, "objective": objective, "optimizer": OPTIMIZER, "decay": "linear"}
+            model["coefficients"] = coefficients
             path = folder / f"{start}-{name}.yaml"
             document = {"model": model, "trainer": {"max_steps": GRID_STEPS}}
             write_text(path, yaml.safe_dump(deepcopy(document), sort_keys=False))

@@ -145,8 +145,9 @@ def test_fractions_steps_and_compositions(scripts, source) -> None:
     assert "--trainer.max_steps" not in study.options_of("oracle", cases(scripts, source, "steps")["4"], 1, 9)
     spaces = cases(scripts, source, "grid")
     files = [yaml.safe_load(Path(f).read_text()) for case in spaces.values() for f in case.methods]
-    assert len(files) == 3 * len(scripts[1].STARTS) * len(scripts[1].OBJECTIVES)
-    assert {f["model"]["coefficients"]["init_args"]["grouping"] for f in files} == {"task", "block", "tensor"}
+    assert len(files) == len(spaces) * len(scripts[1].STARTS) * len(scripts[1].OBJECTIVES)
+    assert set(spaces) == {"task", "tensor", "component", "row", "entry"}
+    assert {f["model"]["coefficients"]["init_args"]["initial"] for f in files} == {0.0, 0.1, 0.3}
 
 
 def test_a_start_is_the_static_merge_that_it_names(scripts, clip: Path) -> None:
