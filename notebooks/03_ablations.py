@@ -16,8 +16,10 @@
 # embedded tasks keep it quick; take other tasks or more steps freely.
 
 # %%
+import csv
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -26,6 +28,7 @@ import torch
 
 import adamerge
 from adamerge import results, zoo
+from adamerge.callbacks import Selector
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 FAST = bool(os.environ.get("ADAMERGE_FAST"))
@@ -42,7 +45,15 @@ rows: dict[str, list[results.ResultRow]] = {}
 
 
 def run(
-    study: str, name: str, *, objective: Any = None, steps: int = STEPS, data: Any = None, **learned: Any
+    study: str,
+    name: str,
+    *,
+    objective: Any = None,
+    steps: int = STEPS,
+    data: Any = None,
+    coefficients: Any = None,
+    callbacks: Any = (),
+    **learned: Any,
 ) -> None:
     """Adapt once and keep the row; what is not given is the common setting."""
     objective, data = objective or adamerge.KLTeacher(), data or everyone
@@ -50,13 +61,13 @@ def run(
         vectors,
         backbone,
         heads,
-        adamerge.Learned(**learned),
+        coefficients or adamerge.Learned(**learned),
         objective,
         optimizer=lambda p: torch.optim.Adam(p, lr=3e-2),
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0, "max_epochs": -1}
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", **quiet)
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=list(callbacks), **quiet)
     trainer.fit(task, datamodule=data)
     if not individual:
         individual.update(task.evaluate_experts())
@@ -100,12 +111,19 @@ show("data")
 # %% [markdown]
 # ## How finely
 #
-# One coefficient per task, per transformer block, per kind of module in each block, per module, or per
-# tensor.
+# One coefficient per task, per transformer block, per module, or per tensor; or finer: per singular component
+# of each matrix, per row of it (each output), or per entry.
 
 # %%
-for grouping in ("task", "block", "type", "module", "tensor"):
+for grouping in ("task", "block", "module", "tensor"):
     run("grouping", grouping, grouping=grouping)
+spaces = {
+    "component": adamerge.Components("weight"),
+    "row": adamerge.Elements("row"),
+    "entry": adamerge.Elements("entry"),
+}
+for name, space in spaces.items():
+    run("grouping", name, coefficients=space)
 show("grouping")
 
 # %% [markdown]
@@ -122,6 +140,17 @@ for name, objective in objectives.items():
     run("objective", name, objective=objective)
 show("objective")
 
+# %% [markdown]
+# ## Without and with the selector
+#
+# The selector looks at held-out unlabelled images and keeps the state whose predictions are nearest to the
+# experts'; the start is a candidate, so a proxy that is over-fitted costs nothing.
+
+# %%
+for name, callbacks in {"last state": (), "selector": (Selector(every_n_steps=5),)}.items():
+    run("selector", name, objective=adamerge.Entropy(), steps=2 * STEPS, callbacks=callbacks)
+show("selector")
+
 # %%
 figure, axes = plt.subplots(1, len(rows), figsize=(13, 2.8), sharey=True)
 for axis, (study, found) in zip(axes, rows.items(), strict=True):
@@ -131,6 +160,21 @@ for axis, (study, found) in zip(axes, rows.items(), strict=True):
 axes[0].set_ylabel("normalised accuracy, %")
 axes[0].set_ylim(60, 100)
 assert all(0 < (row.mean or 0) <= 100 for found in rows.values() for row in found)
+
+# %% [markdown]
+# ## The study
+#
+# The same questions on all tasks, over seeds and under stress, are answered by a script; this reads its
+# tables where it has run:
+#
+#     python scripts/study.py stress --benchmark embedded --methods default --seeds 0,1,2 --out runs/study
+
+# %%
+for table in sorted(Path("runs/study").rglob("*.csv")):
+    print(table)
+    with table.open(encoding="utf-8") as stream:
+        for method, *values in csv.reader(stream):
+            print(f"{method:>28}", *(f"{value[:18]:>18}" for value in values[:8]))
 
 # %% [markdown]
 # ## What came out

@@ -29,10 +29,10 @@ DEMO_METHODS = (
     "ties",
     "adamerging_task_wise",
     "adamerging_layer_wise",
-    "adamerging_pp_layer_wise",
     "adamerging_layer_wise_kl",
+    "default",
 )
-_SHOWN = "adamerging_layer_wise_kl"
+_SHOWN = "default"
 
 
 def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
