@@ -217,7 +217,11 @@ def measured(task: Task) -> dict:
 
 
 def write_benchmark(out: Path, tasks: list[Task]) -> None:
-    """Writes the file that `adamerge bench run` reads."""
+    """Writes the files that `adamerge bench run` reads.
+
+    ``benchmark.yaml`` adapts on images that no expert was trained on; ``benchmark_train.yaml`` on the whole
+    training split, as the CLIP benchmarks do by default; labels are dropped when it is loaded.
+    """
     rows = {
         task.name: {
             "adapt": str(task.file("adapt")),
@@ -233,6 +237,9 @@ def write_benchmark(out: Path, tasks: list[Task]) -> None:
         "data": {"batch_size": 16, "holdout": 0.1, "tasks": rows},
     }
     write_text(out / "benchmark.yaml", yaml.safe_dump(document, sort_keys=False))
+    for task in tasks:
+        rows[task.name]["adapt"] = str(task.source / "train.parquet")
+    write_text(out / "benchmark_train.yaml", yaml.safe_dump(document, sort_keys=False))
 
 
 def make_suite(options: argparse.Namespace) -> None:
