@@ -77,7 +77,8 @@ def problem(steps: int, folder: Path) -> tuple[Any, list[Any]]:
 
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6's own pytree helper
     from adamerge import MultiTaskData, TaskSpec, open_checkpoint
-    from adamerge.fitting import locate, merge_task
+    from adamerge.checkpoints import locate
+    from adamerge.fitting import merge_task
 
     document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     rows = {name: TaskSpec(**row) for name, row in document["data"]["tasks"].items()}

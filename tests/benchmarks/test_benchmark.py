@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from adamerge import merge, open_checkpoint
 from adamerge.benchmarks import Benchmark, configs, expert_statistics
 from adamerge.benchmarks import run as benchmark_module
+from adamerge.checkpoints import locate
 from adamerge.commands import runs
 from adamerge.errors import AdamergeWarning, InputError
-from adamerge.fitting import locate, run
+from adamerge.fitting import run
 from adamerge.models import Head
 
 METHODS = ("zero_shot", "individual", "average", "adamerging_task_wise", "adamerging_layer_wise")

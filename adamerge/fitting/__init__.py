@@ -1,0 +1,20 @@
+"""`adamerge fit | validate | test | predict`: from files to a MergeTask, and a run with its folder."""
+
+from adamerge.fitting.composing import (
+    merge_task,
+    open_vectors,
+    shared_file,
+    shared_model,
+    weight_digests,
+)
+from adamerge.fitting.running import RunCLI, run
+
+__all__ = [
+    "RunCLI",
+    "merge_task",
+    "open_vectors",
+    "run",
+    "shared_file",
+    "shared_model",
+    "weight_digests",
+]
