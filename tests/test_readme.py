@@ -46,7 +46,7 @@ def home(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_ten_lines_of_python(home: Path) -> None:
     program = block("python").replace(
-        "max_steps=100", "max_steps=2, logger=False, enable_checkpointing=False"
+        "max_steps=400", "max_steps=2, logger=False, enable_checkpointing=False"
     )
     exec(program, {})
     assert open_clip.create_model("local-dir:merged").visual.proj.shape == (16, 12)
