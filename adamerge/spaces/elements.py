@@ -1,13 +1,33 @@
 """One coefficient per task and entry of every tensor, or per row: the largest spaces."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.spaces.base import Numbers, Space
-from adamerge.vectors import TaskVectors
+from adamerge.vectors import Block, TaskVectors
+
+
+class Weighted(torch.autograd.Function):
+    """base + sum over tasks of coefficients * vector; expands one tensor at a time and keeps none of them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Float[Tensor, "task *shared"], block: Block) -> Float[Tensor, "*param"]:
+        """Add up task by task; ``values`` broadcast to the vectors."""
+        ctx.block, ctx.shape = block, values.shape
+        merged = block.base_tensor().to(values, copy=True)
+        for value, vector in zip(values, block.dense(), strict=True):
+            merged.addcmul_(value, vector.to(values))
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "*param"]) -> tuple[Tensor, None]:  # type: ignore[override]  # torch declares Any
+        """Give each coefficient the inner product of the gradient with what it scales."""
+        vectors = ctx.block.dense()
+        rows = [(gradient * v.to(gradient)).sum_to_size(ctx.shape[1:]) for v in vectors]
+        return torch.stack(rows), None
 
 
 class Elements(Space):
@@ -41,8 +61,7 @@ class Elements(Space):
 
     def merged(self, name: str, numbers: Numbers, vectors: TaskVectors) -> Float[Tensor, "*param"]:
         """Give base + sum over tasks of coefficients * vector, entry by entry."""
-        block, values = vectors.blocks[name], self.fine[name]
-        return block.base_tensor().to(values) + (values * block.dense().to(values)).sum(0)
+        return Weighted.apply(self.fine[name], vectors.blocks[name])
 
     def effective(self, name: str, numbers: Numbers) -> Numbers:
         """Give the mean over entries or rows."""
