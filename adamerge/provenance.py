@@ -82,7 +82,12 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
     old, new = _flatten({k: before[k] for k in before if k != "code"}), _flatten(dict(now))
     changed = [key for key in old if old[key] != new.get(key)]
     changed += [key for key in new if key not in old and not key.startswith("code")]
-    changed = [key for key in changed if not key.startswith(_HARMLESS)]
+    decays = old.get("config.model.decay", "none") != "none"  # the rate depends on the last step
+    changed = [
+        key
+        for key in changed
+        if not key.startswith(_HARMLESS) or (decays and key == "config.trainer.max_steps")
+    ]
     if changed:
         found = [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
         raise InputError(

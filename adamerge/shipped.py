@@ -37,7 +37,7 @@ def names_a_method(arguments: Sequence[str]) -> bool:
 
 def _names_parts(document: Mapping[str, Any]) -> bool:
     model = document.get("model")
-    return isinstance(model, dict) and any(part in model for part in _PARTS)
+    return isinstance(model, dict) and any(model.get(part) is not None for part in _PARTS)
 
 
 def _read(file: Path) -> Mapping[str, Any]:

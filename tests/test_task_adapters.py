@@ -171,7 +171,7 @@ def test_after_a_loss_that_is_not_finite_the_last_good_adapters_are_back(clip: P
 def test_the_selector_rolls_adapters_back_too(clip: Path) -> None:
     task = surgery_task(clip, optimizer=lambda p: torch.optim.SGD(p, lr=1e4))
     start = deepcopy(task.learned.state_dict())
-    selector = Selector(1, lost_agreement=-1.0)  # whatever happens is a collapse
+    selector = Selector(1, lost_agreement=-1.0, keep="last")  # whatever happens is a collapse
     with pytest.warns(match="rolled back to step 0"):
         adapt(task, memory_data(n_adapt=160), 2, selector)
     assert all(torch.equal(value, start[name]) for name, value in task.learned.state_dict().items())

@@ -23,7 +23,8 @@ class Selector(pl.Callback):
     of its adaptation images; never at test images. Best means the best mean ``score`` over tasks; the start
     is among the candidates. A task has collapsed when its predictions crowd into one class as its expert's
     do not (``top_share``), when its mean prediction loses its spread (``marginal``), or when it agrees with
-    its expert clearly less often than before adaptation. A task with fewer than 16 images is not judged.
+    its expert clearly less often than before adaptation: such a state is never the best, and where the last
+    state is to be kept a run stops there. A task with fewer than 16 images is not judged.
 
     Args:
         every_n_steps: How often to look; 0 turns the selector off.
@@ -91,12 +92,12 @@ class Selector(pl.Callback):
         if self._expert and not self._start:
             self._start = self._look(pl_module)
             self._remember(trainer, pl_module, self._start)
-        elif self._expert and trainer.global_step % self.every_n_steps == 0:  # a look may have been cut off
+        elif self._expert and self._is_due(trainer):  # a look may have been cut off
             self._judge(trainer, pl_module, self._look(pl_module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: MergeTask, *_: Any) -> None:  # type: ignore[override]  # ours only
-        """Look now and then; stop and roll back at the first sign of collapse."""
-        if not self._expert or trainer.global_step % self.every_n_steps:
+        """Look now and then; stop and roll back where it is time."""
+        if not self._expert or not self._is_due(trainer):
             return
         signs = self._look(pl_module)
         pl_module.log_dict({f"selector/{name}": value for name, value in mean_of(signs)._asdict().items()})
@@ -122,13 +123,13 @@ class Selector(pl.Callback):
         """Remember start and best across a resume."""
         start = {task: tuple(sign) for task, sign in self._start.items()}
         state = {"start": start, "best": self._best, "last": self._last, "verdict": self.verdict}
-        return state | {"looks_since_best": self._looks_since_best}
+        return state | {"looks_since_best": self._looks_since_best, "looked_at": self._looked_at}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take them back."""
         self._start = {task: Signs(*sign) for task, sign in state_dict["start"].items()}
         self._best, self._last = dict(state_dict["best"]), dict(state_dict["last"])
-        self._looks_since_best = state_dict["looks_since_best"]
+        self._looks_since_best, self._looked_at = state_dict["looks_since_best"], state_dict["looked_at"]
         self.verdict = state_dict["verdict"]
 
     def _listen(self, module: MergeTask) -> None:
@@ -140,9 +141,12 @@ class Selector(pl.Callback):
                 self._images[task] = images.sample(self.max_images)
                 self._expert[task] = module.expert_logits(task, self._images[task])
 
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return trainer.global_step % self.every_n_steps == 0 and self._looked_at != trainer.global_step
+
     def _judge(self, trainer: pl.Trainer, module: MergeTask, signs: Mapping[str, Signs]) -> None:
         self._remember(trainer, module, signs)
-        reason = self._collapse_in(signs) or self._lost_patience()
+        reason = self._collapse_in(signs) if self.keep == "last" else self._lost_patience(signs)
         if trainer.world_size > 1:  # processes must stop together, whatever their rounding
             reason = trainer.strategy.broadcast(reason)
         if reason:
@@ -167,10 +171,12 @@ class Selector(pl.Callback):
                 return f"task {task!r} agrees with its expert {100 * lost:.0f} points less than at the start"
         return ""
 
-    def _lost_patience(self) -> str:
-        if self.keep == "last" or not self.patience or self._looks_since_best < self.patience:
+    def _lost_patience(self, signs: Mapping[str, Signs]) -> str:
+        if not self.patience or self._looks_since_best < self.patience:
             return ""
-        return f"{self._looks_since_best} looks without a better {self.score}"
+        told = f"{self._looks_since_best} looks without a better {self.score}"
+        collapse = self._collapse_in(signs)
+        return f"{told}; at last {collapse}" if collapse else told
 
     def _remember(self, trainer: pl.Trainer, module: MergeTask, signs: Mapping[str, Signs]) -> None:
         """Keep the state where it is the best so far and no task has collapsed."""

@@ -90,7 +90,11 @@ def evolve(
     genome = Genome(1 + len(lent), task.count, repeats, scales)
     asked = {"start": start, "donors": lent, "objective": objective, "repeats": repeats, "scales": scales}
     asked |= {"sigma": sigma, "method": method, "seed": seed, "population": population}
-    inputs = {"weights": table.models.digests, "data": table.data.fingerprint(), "config": asked}
+    inputs = {
+        "weights": table.models.digests,
+        "data": table.data.fingerprint(labelled=scored.needs_labels),
+        "config": asked,
+    }
     judged = {name: digest for name, digest in inputs["data"].items() if not name.endswith(" test")}
     options: dict[str, Any] = {"method": method, "population": population, "sigma": sigma, "seed": seed}
     options |= {"state": folder / "search.pt", "inputs": [inputs["weights"], judged, asked, table.text]}

@@ -347,10 +347,11 @@ def _is_first_process() -> bool:
 
 def _with_recipe(args: Sequence[str]) -> list[str]:
     """Put the default recipe under the settings of an adaptation that names no method."""
-    if args[:1] != ["fit"] or not {"-h", "--help", "--print_config"}.isdisjoint(args) or names_a_method(args):
+    if not args or not {"-h", "--help"}.isdisjoint(args) or names_a_method(args):
         return list(args)
-    console.print(f"No method is named: the default recipe is used ({default_recipe().name}).")
-    return ["fit", "--config", str(default_recipe()), *args[1:]]
+    if args[0] == "fit" and "--print_config" not in args:
+        console.print(f"No method is named: the default recipe is used ({default_recipe().name}).")
+    return [args[0], "--config", str(default_recipe()), *args[1:]]
 
 
 def run(args: Sequence[str]) -> RunCLI:

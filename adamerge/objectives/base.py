@@ -31,12 +31,14 @@ class Objective(nn.Module, ABC):
         needs_teacher: Whether `forward` reads the same of the task's own expert.
         needs_labels: Whether `forward` reads the images' labels, one-hot, in the teacher's place.
         differentiable: Whether its value has a gradient; otherwise only a search can minimise it.
+        ascends: Whether it takes a gradient of its own, which a search does not compute.
     """
 
     reads: Reads = "prediction"
     needs_teacher = False
     needs_labels = False
     differentiable = True
+    ascends = False
 
     @property
     def needs_router(self) -> bool:

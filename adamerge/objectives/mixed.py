@@ -38,6 +38,7 @@ class Mixed(Objective):
             )
         self._parts, self.weights = nn.ModuleList(parts), weights
         self.needs_teacher = any(part.needs_teacher for part in parts)
+        self.ascends = any(part.ascends for part in parts)
         self.needs_labels = any(part.needs_labels for part in parts)
         self.differentiable = all(part.differentiable for part in parts)
         kinds: list[Reads] = [*{part.reads for part in parts if part.reads != "coefficients"}]

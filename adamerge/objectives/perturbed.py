@@ -34,6 +34,7 @@ class Perturbed(Objective):
     """
 
     reads = "augmented"
+    ascends = True
 
     def __init__(self, lr: float = 1e-4) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Two levels: masks are judged after a step of the numbers."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,14 +65,19 @@ class BiLevel(torch.optim.Adam):
         self, numbers: nn.Parameter, masks: list[nn.Parameter], closure: Callable[[], Any]
     ) -> None:
         """Leave the masks' gradient at the point that a step of the numbers leads to."""
-        before = numbers.clone()
+        before, moments = numbers.clone(), copy.deepcopy(self.state.get(numbers))
         for mask in masks:
             mask.grad = None
         super().step()
         try:
             with torch.enable_grad():
                 closure()
-        finally:  # also where the second pass stops with an error
+        except BaseException:  # the step has not been taken
+            self.state.pop(numbers)
+            if moments is not None:
+                self.state[numbers] = moments
+            raise
+        finally:
             numbers.copy_(before)
         numbers.grad = None
 

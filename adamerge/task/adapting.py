@@ -18,7 +18,7 @@ from adamerge.objectives import Entropy, Objective
 from adamerge.optimizers import BiLevel, CoefficientOptimizer
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
-from adamerge.spaces import Space
+from adamerge.spaces import Concrete
 from adamerge.task.known import Known, facts_of
 from adamerge.task.stepping import Stepping
 from adamerge.vectors import TaskVectors
@@ -116,12 +116,34 @@ class MergeTask(Stepping):
             raise InputError(f"this {name} has no gradient.", "Use adamerge.CMAES.")
         if isinstance(optimizer, CoefficientOptimizer):
             self._require_matrix(optimizer)
-        if optimizer and self.decay == "linear" and "lr" not in optimizer.param_groups[0]:
-            raise InputError(f"{type(optimizer).__name__} has no learning rate to decay.", "Use decay: none.")
-        is_space = isinstance(self.coefficients, Space)
-        if isinstance(optimizer, BiLevel) and (self._world_size() > 1 or not is_space):
-            raise InputError("BiLevel needs masks, and one process.", "Use adamerge.Concrete on one device.")
+        if isinstance(optimizer, BiLevel):
+            self._require_masks()
+        if optimizer:
+            self._require_ways_to_step(optimizer)
         return optimizer
+
+    def _require_masks(self) -> None:
+        """Two levels are numbers and masks, and nothing else, in one process."""
+        if not isinstance(self.coefficients, Concrete) or self.adapters is not None or self._world_size() > 1:
+            raise InputError(
+                "BiLevel needs numbers and masks alone, and one process.",
+                "Use adamerge.Concrete without adapters, on one device.",
+            )
+
+    def _require_ways_to_step(self, optimizer: Optimizer) -> None:
+        """Refuse a falling rate where there is no rate or no end, and an adversary without gradient."""
+        name = type(optimizer).__name__
+        if self.objective.ascends and getattr(optimizer, "reads", "") == "loss":
+            raise InputError(f"{name} computes no gradient, and a perturbation needs one.", "Use Adam.")
+        if self.decay == "none":
+            return
+        if isinstance(optimizer, BiLevel) or "lr" not in optimizer.param_groups[0]:
+            raise InputError(f"{name} has no learning rate to decay.", "Use decay: none.")
+        if self.trainer.max_steps < 1:
+            raise InputError(
+                f"decay={self.decay!r} with trainer.max_steps={self.trainer.max_steps}.",
+                "Give the last step.",
+            )
 
     def _require_matrix(self, optimizer: CoefficientOptimizer) -> None:
         name = type(optimizer).__name__
@@ -147,7 +169,7 @@ class MergeTask(Stepping):
         """Set the learning rates: a function of the step alone, so that a resumed run has the same."""
         if self.decay == "none":
             return
-        left = 1 - self.global_step / max(self.trainer.max_steps, 1)
+        left = 1 - self.global_step / self.trainer.max_steps
         for group in (group for optimizer in self._optimizers() for group in optimizer.param_groups):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * max(left, 0.0)
 
@@ -316,6 +338,7 @@ class MergeTask(Stepping):
             checkpoint |= {"optimizer_states": began[1]} if "optimizer_states" in checkpoint else {}
         checkpoint[_CHECKPOINT_KEY] = {
             "tasks": list(self.vectors.tasks),
+            "coefficients": self._told,
             "groups": self.coefficients.table()[0],
             "adapters": self._adapters_told,
             "digests": dict(self.vectors.digests),
@@ -331,16 +354,21 @@ class MergeTask(Stepping):
         saved = checkpoint.get(_CHECKPOINT_KEY)
         if saved is None:
             raise InputError("this checkpoint was not written by adamerge.")
-        ours: dict[str, Any] = {"tasks": list(self.vectors.tasks), "groups": self.coefficients.table()[0]}
+        ours: dict[str, Any] = {"tasks": list(self.vectors.tasks), "coefficients": self._told}
+        ours |= {"groups": self.coefficients.table()[0]}
         ours |= {"adapters": self._adapters_told, "digests": dict(self.vectors.digests)}
         for key, value in ours.items():
-            saved.setdefault(key, [])  # checkpoints from before there were adapters
-            if saved[key] != value:
+            if saved.get(key, []) != value:  # adapters are younger than some checkpoints
                 raise InputError(
-                    f"the checkpoint has other {key}: {_difference(saved[key], value)}.",
+                    f"the checkpoint has other {key}: {_difference(saved.get(key, []), value)}.",
                     "Resume with the configuration and weights that it was written with.",
                 )
         self.objective.load_per_task_state(saved["objective"])
+
+    @property
+    def _told(self) -> list[str]:
+        """Names the coefficients' kind and parameters."""
+        return [type(self.coefficients).__name__, *sorted(self.coefficients.state_dict())]
 
     @property
     def _adapters_told(self) -> list[str]:

@@ -82,14 +82,16 @@ class Evaluating(MergedParts):
         return self._walk(function, self.data.test(task))
 
     def evaluate_start(self) -> dict[str, float]:
-        """Give top-1 accuracy in percent under the initial coefficients; nothing else changes."""
-        learned = {name: value.clone() for name, value in self.coefficients.state_dict().items()}
+        """Give top-1 accuracy in percent under what was learned at its start; nothing else changes."""
+        learned = {name: value.clone() for name, value in self.learned.state_dict().items()}
         self.coefficients.reset()
+        if self.adapters is not None:
+            self.adapters.reset()
         try:
             with torch.random.fork_rng(devices=[]):  # loaders draw a number, even where they walk in order
                 return self.evaluate()
         finally:
-            self.coefficients.load_state_dict(learned)
+            self.learned.load_state_dict(learned)
             self._weights = {}  # they are the start's
 
     @torch.no_grad()

@@ -86,10 +86,20 @@ def facts_of(experts: TaskVectors, task: str, backbone: Backbone, images: Images
     if not (as_they_are and in_files and backbone.transform_key):
         return None
     seen = hashlib.sha256(b"".join(images.digests())).hexdigest()
-    function = f"{type(backbone).__name__} {getattr(backbone, 'activation', None)}"
+    function = f"{type(backbone).__name__} {_configured(states[0])}"
     arithmetic = f"{torch.__version__} float32"
     weights = [experts.digests["base"], experts.digests[task], *experts.names]
     return [*weights, seen, backbone.transform_key, function, arithmetic]
+
+
+def _configured(base: object) -> str:
+    """Hash what tells a base's architecture, such as heads, activation and pooling, beside its weights."""
+    root = getattr(base, "root", None)
+    if not isinstance(root, Path):
+        return ""
+    folder = root if root.is_dir() else root.parent
+    found = sorted([*folder.glob("*.json"), *folder.glob("*/config.json")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in found)).hexdigest()
 
 
 def kept(compute: Callable[[], Features], facts: Sequence[str]) -> Features | None:

@@ -71,6 +71,9 @@ class Stepping(Evaluating):
         passes = [self._pass(tasks, batch) for tasks in shared_passes(batch, self.images_per_pass)]
         merged = self._merged(self.read_names) if self._learns else self._weights
         _, surrogate = leaf_step(merged, passes, scale=scale)
+        if self._world_size() > 1 or not surrogate.requires_grad:
+            # Several processes expect a gradient of every parameter; one, of some.
+            surrogate = surrogate + sum(p.sum() * 0 for p in self.coefficients.parameters())
         return surrogate, None
 
     @property

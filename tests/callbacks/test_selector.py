@@ -52,7 +52,7 @@ def strong(parameters):
 
 
 def test_a_collapse_is_stopped_and_rolled_back(clip: Path) -> None:
-    selector = Selector(every_n_steps=1, max_images=40, marginal=0.0, lost_agreement=9.0)
+    selector = Selector(every_n_steps=1, max_images=40, marginal=0.0, lost_agreement=9.0, keep="last")
     task = make_task(clip, objective=OneClass(), optimizer=strong)
     pattern = r"selector: stopped at step \d+ .*'bars' fall into one class.*rolled back to step"
     with pytest.warns(AdamergeWarning, match=pattern):
@@ -117,7 +117,7 @@ def test_no_test_image_and_no_label_is_read(clip: Path) -> None:
     ],
 )
 def test_each_sign_can_stop_a_run(clip: Path, limits: dict[str, float], reason: str) -> None:
-    selector = Selector(every_n_steps=1, **limits)
+    selector = Selector(every_n_steps=1, keep="last", **limits)
     if not reason:  # a share may be as large as the expert's or the start's: nothing to stop
         adapt(make_task(clip), memory_data(n_adapt=100), 1, selector)
         assert selector.verdict == ""
@@ -128,7 +128,7 @@ def test_each_sign_can_stop_a_run(clip: Path, limits: dict[str, float], reason: 
 
 
 def test_a_run_that_was_stopped_stays_stopped(clip: Path) -> None:
-    selector, again = Selector(every_n_steps=1, marginal=1e9), Selector(every_n_steps=1)
+    selector, again = (Selector(every_n_steps=1, marginal=m, keep="last") for m in (1e9, 0.5))
     with pytest.warns(AdamergeWarning, match="selector"):
         adapt(make_task(clip), memory_data(n_adapt=100), 3, selector)
     again.load_state_dict(selector.state_dict())
@@ -181,10 +181,10 @@ def test_a_run_without_a_better_look_loses_patience_and_goes_back(clip: Path) ->
 
 
 def test_a_state_in_which_a_task_has_collapsed_is_never_the_best(clip: Path) -> None:
-    selector = Scripted(2, lost_agreement=-0.3)  # less than a gain of 0.3 counts as a collapse here
-    with pytest.warns(AdamergeWarning, match=r"stopped at step 2 .*rolled back to step 0"):
-        watched(clip, 7, selector)
+    selector = Scripted(2, lost_agreement=-0.5)  # less than a gain of 0.5 counts as a collapse here
+    watched(clip, 7, selector)
     assert selector.chosen_step == 0
+    assert selector.verdict == ""
 
 
 @pytest.mark.parametrize(("at_the_end", "best"), [(0.95, 7), (0.9, 4)])
@@ -229,3 +229,18 @@ def test_a_look_that_was_cut_off_is_taken_again(clip: Path, tmp_path: Path) -> N
 def test_what_to_keep_must_be_known_and_seen(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="Keep the 'best' or the 'last'"):
         Selector(**options)
+
+
+@resuming
+@pytest.mark.parametrize("cut", [2, 4, 5])
+def test_a_resumed_run_has_as_much_patience(clip: Path, tmp_path: Path, cut: int) -> None:
+    class Falling(Scripted):
+        agreements: Mapping[int, float] = {0: 0.9, 2: 0.8, 4: 0.7, 6: 0.6}
+
+    stops = "stopped at step 6 .*3 looks without"
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.warns(AdamergeWarning, match=stops):
+        whole = watched(clip, 20, Falling(2, patience=3), saves)
+    with pytest.warns(AdamergeWarning, match=stops):
+        resumed = watched(clip, 20, Falling(2, patience=3), ckpt_path=tmp_path / f"step={cut}.ckpt")
+    assert torch.equal(whole, resumed)

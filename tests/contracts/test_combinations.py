@@ -65,9 +65,10 @@ def reason_against(objective: str, optimizer: str, coefficients: str) -> str | N
         (routed and objective in ("consistency", "perturbed"), "needs static coefficients"),
         (not routed and not fine and optimizer == "bilevel", "no masks"),
         (objective == "error_rate" and optimizer not in SEARCHES, "has no gradient"),
-        (routed and optimizer == "bilevel", "BiLevel needs masks"),
+        (coefficients != "concrete" and optimizer == "bilevel", "BiLevel needs numbers and masks alone"),
         (routed and of_a_matrix, "a router has none"),
         (fine and of_a_matrix, "needs one matrix"),
+        (objective == "perturbed" and optimizer in SEARCHES, "computes no gradient"),
         (objective == "balanced" and optimizer == "natural", "needs losses of 0 or more"),
         (objective == "kl_prior" and optimizer in ("fw_soft", "natural"), "Leave out Prior"),
     )
