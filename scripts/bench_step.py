@@ -33,8 +33,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from adamerge import Entropy, MergeTask, TaskVectors, zoo
+from adamerge import Elements, Entropy, Learned, MergeTask, TaskVectors, zoo
 from adamerge.checkpoints import open_checkpoint
+from adamerge.coefficients import Coefficients
 from adamerge.data.module import Batch
 from adamerge.models import Head, ModuleBackbone, OpenClipBackbone
 from adamerge.vectors import DenseCodec
@@ -86,13 +87,21 @@ MODELS = {
 }
 
 
+COEFFICIENTS: dict[str, Callable[[], Coefficients]] = {
+    "tensor": Learned,
+    "row": partial(Elements, "row"),
+    "entry": Elements,
+}
+
+
 def build(args: argparse.Namespace, tasks_in_step: int) -> tuple[MergeTask, Batch]:
     """Make the task, and a batch of random uint8 images for the first tasks."""
     torch.manual_seed(0)
     vectors, backbone, size = MODELS[args.model](args.experts, args.codec)
     dim = backbone.module.output_dim
     heads = {t: Head(100 * nn.functional.normalize(torch.randn(N_CLASSES, dim))) for t in vectors.tasks}
-    task = MergeTask(vectors, backbone, heads, images_per_pass=args.images_per_task).to(args.device)
+    learned = COEFFICIENTS[args.coefficients]()
+    task = MergeTask(vectors, backbone, heads, learned, images_per_pass=args.images_per_task).to(args.device)
     task.on_fit_start()
     shape = (args.images_per_task, 3, size, size)
     tasks = vectors.tasks[:tasks_in_step]
@@ -120,7 +129,7 @@ def plain_step(task: MergeTask, precision: str, *, accumulate: bool = False) -> 
     """Give a function that runs one plain model forward and backward, task by task."""
     backbone = task.backbone
     model = copy.deepcopy(backbone.module).to_empty(device=task.device).requires_grad_()
-    weights = task.weights(task.coefficients().detach())
+    weights = task.evaluated()
     model.load_state_dict({name: weights[file] for name, file in backbone.files.items()})
     objective = Entropy()
 
@@ -142,7 +151,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def parts(task: MergeTask) -> dict[str, Callable[[], Any]]:
     """Give merge, one projection and a plain copy of memory, each alone."""
-    matrix = task.coefficients().detach()
+    matrix = task.vectors.uniform(0.3)
     blocks = [task.vectors.blocks[name] for name in task.read_names]
     gradients = [torch.randn(b.base_tensor().shape, device=task.device) for b in blocks]
     source = torch.zeros(COPIED // 4, device=task.device)
@@ -262,7 +271,7 @@ def reset_peak() -> None:
 
 def run_child(args: argparse.Namespace, tasks_in_step: int) -> dict[str, float]:
     """Measure peak memory in a process of its own."""
-    options = ["model", "experts", "images_per_task", "codec", "precision", "threads"]
+    options = ["model", "experts", "images_per_task", "coefficients", "codec", "precision", "threads"]
     command = [sys.executable, __file__, "--child", str(tasks_in_step)]
     for name in options:
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -305,6 +314,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="zoo")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--images-per-task", type=int, default=16)
+    parser.add_argument("--coefficients", choices=COEFFICIENTS, default="tensor")
     parser.add_argument("--codec", choices=CODEC_DTYPES, default="fp32")
     parser.add_argument("--precision", choices=("32", "bf16-mixed"), default="32")
     parser.add_argument("--steps", type=int, default=None, help="timed steps; default 40 (zoo), 5")
@@ -325,7 +335,16 @@ def main() -> None:
     if args.child is not None:
         print(json.dumps(child_peak(args)))
         return
-    shared = ("model", "experts", "images_per_task", "codec", "precision", "threads", "device")
+    shared = (
+        "model",
+        "experts",
+        "images_per_task",
+        "coefficients",
+        "codec",
+        "precision",
+        "threads",
+        "device",
+    )
     found = {name: getattr(args, name) for name in shared} | MMAP_THRESHOLD
     if args.memory:
         found |= measure_memory(args)

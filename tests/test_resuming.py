@@ -132,13 +132,14 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 
 
 @pytest.mark.no_cover
-def test_two_processes_learn_what_one_does(benchmark: Path, tmp_path: Path) -> None:
-    assert fit(benchmark, tmp_path / "one", name="reliable_layer_wise") == 0
+@pytest.mark.parametrize("method", ["reliable_layer_wise", "default"])
+def test_two_processes_learn_what_one_does(method: str, benchmark: Path, tmp_path: Path) -> None:
+    assert fit(benchmark, tmp_path / "one", name=method) == 0
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
-    arguments = fit_arguments(benchmark, tmp_path / "two", *two, name="reliable_layer_wise")
+    arguments = fit_arguments(benchmark, tmp_path / "two", *two, name=method)
     done = launch(arguments)
     assert done.returncode == 0, done.stderr
     one, both = coefficients_of(tmp_path / "one"), coefficients_of(tmp_path / "two")
     for task in TASKS:
-        torch.testing.assert_close(one[task], both[task], rtol=0, atol=1e-6)
+        torch.testing.assert_close(one[task], both[task], rtol=0, atol=2e-6)  # sums in another order
         assert (one[task] - 0.3).abs().max() > 1e-3
