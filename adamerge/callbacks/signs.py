@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamerge.objectives import entropy_of
 
+_TEMPERATURES = [2 ** (k / 2) for k in range(-4, 9)]  # 1/4 to 16
 _RELIABLE = 0.4  # of log C: SAR's bound of the entropy of a reliable prediction
 
 
@@ -20,7 +21,9 @@ class Signs(NamedTuple):
         marginal: Entropy of the mean prediction, divided by log C.
         top_share: Share of the most frequent predicted class.
         agreement: Share of images on which the merged model and the task's expert agree.
-        teacher_kl: Mean KL divergence of the merged model's prediction from the expert's, divided by log C.
+        teacher_kl: Mean KL divergence of the merged model's prediction from the expert's, divided by log C, at
+            the temperature of the merged model's logits that makes it least (ours): so that only what the
+            model predicts counts, not how sure it is, which entropy minimisation changes most.
         reliable: Share of predictions with an entropy below 0.4 log C, as SAR counts them.
     """
 
@@ -42,9 +45,14 @@ def signs_of(logits: Float[Tensor, "image class"], expert: Float[Tensor, "image 
         marginal=float(entropy_of(ours.exp().mean(0, keepdim=True).log())) / scale,
         top_share=float(shares.max()),
         agreement=float((classes == expert.argmax(-1)).float().mean()),
-        teacher_kl=float((theirs.exp() * (theirs - ours)).sum(-1).mean()) / scale,
+        teacher_kl=min(_divergence(logits.float() / t, theirs) for t in _TEMPERATURES) / scale,
         reliable=float((entropy_of(ours) < _RELIABLE * scale).float().mean()),
     )
+
+
+def _divergence(logits: Float[Tensor, "image class"], expert: Float[Tensor, "image class"]) -> float:
+    """Give the mean KL divergence in nats from an expert's log-probabilities."""
+    return float((expert.exp() * (expert - logits.log_softmax(-1))).sum(-1).mean())
 
 
 def mean_of(signs: Mapping[str, Signs]) -> Signs:
