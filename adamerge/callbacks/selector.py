@@ -29,8 +29,8 @@ class Selector(pl.Callback):
     Args:
         every_n_steps: How often to look; 0 turns the selector off.
         max_images: Images per task that it looks at.
-        score: What is best: the least "teacher_kl", divergence from the experts' predictions (see `Signs`), or
-            the most "agreement" with their classes.
+        score: What is best: the least "teacher_kl", divergence from the experts' predictions (see `Signs`),
+            or the most "agreement" with their classes.
         patience: Looks without a better score after which to stop; 0: never.
         keep: Which coefficients a run ends with: the "best" seen, or the "last", as published.
         top_share: Largest share of one class, unless the expert's or the start's is as large.

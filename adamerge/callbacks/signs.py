@@ -21,8 +21,8 @@ class Signs(NamedTuple):
         marginal: Entropy of the mean prediction, divided by log C.
         top_share: Share of the most frequent predicted class.
         agreement: Share of images on which the merged model and the task's expert agree.
-        teacher_kl: Mean KL divergence of the merged model's prediction from the expert's, divided by log C, at
-            the temperature of the merged model's logits that makes it least (ours): so that only what the
+        teacher_kl: Mean KL divergence of the merged model's prediction from the expert's, divided by log C,
+            at the temperature of the merged model's logits that makes it least (ours): so that only what the
             model predicts counts, not how sure it is, which entropy minimisation changes most.
         reliable: Share of predictions with an entropy below 0.4 log C, as SAR counts them.
     """

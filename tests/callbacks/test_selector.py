@@ -40,6 +40,13 @@ def test_signs_of_health_on_predictions_that_can_be_counted_by_hand() -> None:
     assert signs_of(certain, certain).teacher_kl == pytest.approx(0, abs=1e-7)
 
 
+def test_being_surer_is_neither_nearer_to_the_expert_nor_farther() -> None:
+    ours, expert = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0))
+    sign, surer = signs_of(ours, expert), signs_of(4 * ours, expert)
+    assert surer.teacher_kl == pytest.approx(sign.teacher_kl, rel=1e-5)
+    assert surer.reliable > sign.reliable
+
+
 class OneClass(Objective):
     """Drives one task into its first class, as entropy minimisation does when it collapses."""
 
