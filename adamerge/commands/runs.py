@@ -89,7 +89,7 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
 
     Args:
         folder: The run folder.
-        tolerance: Largest difference of a coefficient that counts as equal.
+        tolerance: Largest difference of a coefficient or weight that counts as equal.
     """
     path = Path(folder).absolute()
     if not (path / provenance.MANIFEST).exists():
@@ -105,7 +105,7 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
             run(["fit", "--config", str(file)])
         difference = _largest_difference(path, again)
         before, now = read_row(path / "result.json"), read_row(again / "result.json")
-    console.print(f"largest difference of a coefficient: {difference:.3g}")
+    console.print(f"largest difference of a coefficient or weight: {difference:.3g}")
     console.print(f"mean accuracy: {before.mean} before, {now.mean} now")
     if difference > tolerance or before.accuracy != now.accuracy:
         raise NumericError(f"{folder} was not reproduced.", "Compare `code` in both inputs.json files.")
@@ -143,8 +143,11 @@ def _largest_difference(a: Path, b: Path) -> float:
 
 
 def _learned(run: Path) -> dict[str, Tensor]:
-    """Read what a run learned: a router, static coefficients, or nothing."""
+    """Read what a run learned: a router; or coefficients, the merged weights and corrections of features."""
     merged = open_checkpoint(run / "merged")
     router = {name: merged[name] for name in merged if name.startswith("router/")}
-    static = run / "coefficients.safetensors"
-    return router or (load_file(static) if static.exists() else {})
+    if router:
+        return router
+    files = (run / "coefficients.safetensors", run / "merged" / "heads.safetensors")
+    parts = {f"{file.stem}/{n}": t for file in files if file.exists() for n, t in load_file(file).items()}
+    return {name: tensor.float() for name, tensor in [*parts.items(), *merged.items()]}
