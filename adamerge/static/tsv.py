@@ -54,8 +54,8 @@ def tsv_terms(
     Args:
         vectors: fp32 task vectors.
         name: The parameter's name.
-        scale: Coefficient of matrices.
-        others: Patterns (``fnmatch``) of names whose matrices are treated as other tensors.
+        scale: Factor of the terms of matrices.
+        others: As in the method: names (``fnmatch``) of matrices that are treated as other tensors.
 
     Returns:
         The edited vectors.
