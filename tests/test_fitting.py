@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import yaml
-from builders import coefficients_of, fit, write_benchmark
+from builders import coefficients_of, fit, method, write_benchmark
 from conftest import TASKS, draw, nudge, rows_of, write_clip
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,7 +90,8 @@ def test_the_other_subcommands_read_the_last_checkpoint(
     finished: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark, run = finished
-    where = ["--config", str(benchmark), "--run_dir", str(run), "--ckpt_path", "last"]
+    files = ["--config", str(benchmark), "--config", str(method("adamerging_layer_wise"))]
+    where = [*files, "--run_dir", str(run), "--ckpt_path", "last"]
     assert main(["test", *where]) == 0
     mean = json.loads((run / "result.json").read_text())["mean"]
     assert f"{mean:.1f}" in capsys.readouterr().out
@@ -101,6 +102,9 @@ def test_the_other_subcommands_read_the_last_checkpoint(
     assert len(lines) == 27
     assert {line["class_name"] for line in lines if line["task"] == "dots"} <= {"one", "two"}
     (run / "predictions.csv").unlink()
+    without = [*where[:2], *where[4:]]  # then the default recipe is meant, whose coefficients are others
+    assert main(["test", *without]) == 2
+    assert "the checkpoint has other coefficients" in capsys.readouterr().err
 
 
 def test_verify_and_reproduce(finished: tuple[Path, Path], tmp_path: Path) -> None:
@@ -250,7 +254,8 @@ def test_one_task_is_enough(tmp_path: Path, clip: Path, rows: dict) -> None:
     document["model"]["experts"] = {"dots": document["model"]["experts"]["dots"]}
     benchmark.write_text(yaml.safe_dump(document))
     assert fit(benchmark, tmp_path / "run") == 0
-    where = ["--config", str(benchmark), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "last"]
+    files = ["--config", str(benchmark), "--config", str(method("adamerging_layer_wise"))]
+    where = [*files, "--run_dir", str(tmp_path / "run"), "--ckpt_path", "last"]
     assert main(["predict", *where]) == 0
     assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 10
 

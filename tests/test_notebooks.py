@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.py"))
 ENDS = {
     "01_merge_your_own_models": "is what open_clip loads",
     "02_adapt_and_read_the_coefficients": "without mnist",
-    "03_ablations": "| teacher KL |",
+    "03_ablations": "| selector |",
     "04_per_input_merging": "model.safetensors",
     "05_write_a_method": "| entropy - balance |",
 }

@@ -94,7 +94,10 @@ def test_what_is_evaluated_and_exported_has_no_noise_even_while_it_trains(clip: 
 
 
 def test_it_is_refused_where_there_are_no_masks(clip: Path) -> None:
-    for coefficients, message in ((Learned(), "found numbers and no masks"), (Router(), "needs masks")):
+    for coefficients, message in (
+        (Learned(), "found numbers and no masks"),
+        (Router(), "needs numbers and masks"),
+    ):
         task = make_task(clip, coefficients, objective=KLTeacher(), optimizer=make)
         with pytest.raises(InputError, match=message):
             adapt(task, memory_data(), 1)
