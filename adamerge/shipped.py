@@ -30,9 +30,14 @@ def names_a_method(arguments: Sequence[str]) -> bool:
     flags = [argument.partition("=")[0].removeprefix("--") for argument in arguments]
     if any(flag.split(".")[:2] in ([*("model", part)] for part in _PARTS) for flag in flags):
         return True
+    return any(_names_parts(_read(file)) for file in config_files(arguments))
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Give the configuration files that a command line names, whether they exist or not."""
     given = [value for flag, value in pairwise(arguments) if flag == "--config"]
     given += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    return any(_names_parts(_read(Path(file))) for file in given)
+    return [Path(file) for file in given]
 
 
 def _names_parts(document: Mapping[str, Any]) -> bool:

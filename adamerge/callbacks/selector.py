@@ -73,11 +73,7 @@ class Selector(pl.Callback):
         self._last: dict[str, Tensor] = {}  # the end, where a run went back to its best
         self._images: dict[str, Images] = {}
         self._expert: dict[str, Tensor] = {}
-
-    @property
-    def chosen_step(self) -> int | None:
-        """The step whose state the run ended with, where that is not its last one."""
-        return int(self._best["step"]) if self.verdict or self._last else None
+        self._expert_signs: dict[str, Signs] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Hear the experts once, and look before the first step."""
@@ -139,7 +135,8 @@ class Selector(pl.Callback):
             images = images if len(images) >= _FEWEST else module.data.all_adaptation(task)
             if len(images) >= _FEWEST:
                 self._images[task] = images.sample(self.max_images)
-                self._expert[task] = module.expert_logits(task, self._images[task])
+                self._expert[task] = logits = module.expert_logits(task, self._images[task])
+                self._expert_signs[task] = signs_of(logits, logits)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return trainer.global_step % self.every_n_steps == 0 and self._looked_at != trainer.global_step
@@ -161,7 +158,7 @@ class Selector(pl.Callback):
 
     def _collapse_in(self, signs: Mapping[str, Signs]) -> str:
         for task, sign in signs.items():
-            expert, start = signs_of(self._expert[task], self._expert[task]), self._start[task]
+            expert, start = self._expert_signs[task], self._start[task]
             if sign.top_share > max(self.top_share, expert.top_share, start.top_share):
                 return f"{100 * sign.top_share:.0f} % of task {task!r} fall into one class"
             if sign.marginal < self.marginal * min(expert.marginal, start.marginal):

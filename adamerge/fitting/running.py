@@ -8,7 +8,6 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from adamerge.mixture import latency, stored
 from adamerge.plots import write_routing
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
-from adamerge.shipped import default_recipe, names_a_method
+from adamerge.shipped import config_files, default_recipe, names_a_method
 from adamerge.tracking import SafeWandbLogger
 
 _NOISE = (
@@ -362,7 +361,7 @@ def run(args: Sequence[str]) -> RunCLI:
         jsonargparse.ArgumentError: A key or value of the configuration is wrong.
     """
     args = _with_recipe(args)
-    refuse_repeated_keys([Path(f) for flag, f in pairwise(args) if flag == "--config" and Path(f).is_file()])
+    refuse_repeated_keys(file for file in config_files(args) if file.is_file())
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and remarks that no user needs
     with warnings.catch_warnings():

@@ -11,6 +11,7 @@ from adamerge.errors import InputError
 
 Logits = Float[Tensor, "image class"]
 Loss = Float[Tensor, ""]
+Views = Mapping[str, Float[Tensor, "image _"]]  # what there is to read of a model, by its name
 Reads = Literal["prediction", "features", "augmented", "routing", "coefficients"]
 Memory = dict[str, Any]  # by task: a float, or a list of floats, lists and CPU tensors
 
@@ -64,12 +65,7 @@ class Objective(nn.Module, ABC):
         """
         return images
 
-    def loss(
-        self,
-        seen: Mapping[str, Float[Tensor, "image _"]],
-        task: str,
-        teacher: Mapping[str, Float[Tensor, "image _"]],
-    ) -> Loss | None:
+    def loss(self, seen: Views, task: str, teacher: Views) -> Loss | None:
         """Give the loss from all that there is to read, by its name in `reads`.
 
         Args:

@@ -1,13 +1,12 @@
 """A weighted sum of objectives."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from adamerge.errors import InputError
-from adamerge.objectives.base import Logits, Loss, Memory, Objective, Reads
+from adamerge.objectives.base import Logits, Loss, Memory, Objective, Reads, Views
 
 
 class Mixed(Objective):
@@ -76,12 +75,7 @@ class Mixed(Objective):
         """
         return self.loss({self.reads: logits}, task, {} if teacher is None else {self.reads: teacher})
 
-    def loss(
-        self,
-        seen: Mapping[str, Float[Tensor, "image _"]],
-        task: str,
-        teacher: Mapping[str, Float[Tensor, "image _"]],
-    ) -> Loss | None:
+    def loss(self, seen: Views, task: str, teacher: Views) -> Loss | None:
         """Give the weighted sum of the parts that are worth a step, or None where none is.
 
         Args:

@@ -1,11 +1,10 @@
 """Staying near the start: an objective of the coefficients alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.objectives.base import Logits, Loss, Objective
+from adamerge.objectives.base import Logits, Loss, Objective, Views
 
 
 class Prior(Objective):
@@ -28,12 +27,7 @@ class Prior(Objective):
     def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> None:
         """Give nothing: images do not matter."""
 
-    def loss(
-        self,
-        seen: Mapping[str, Float[Tensor, "image _"]],
-        task: str,
-        teacher: Mapping[str, Float[Tensor, "image _"]],
-    ) -> None:
+    def loss(self, seen: Views, task: str, teacher: Views) -> None:
         """Give nothing: images do not matter."""
 
     def penalty(self, parameters: Sequence[Tensor]) -> Loss | None:

@@ -1,14 +1,11 @@
 """Labelled scores of the merged model: for few-shot search, and for bounds that are reported as such."""
 
-from collections.abc import Mapping
 from typing import Literal
 
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError
-from adamerge.objectives.base import Logits, Loss, Objective
+from adamerge.objectives.base import Logits, Loss, Objective, Views
 
 
 class Supervised(Objective):
@@ -32,12 +29,7 @@ class Supervised(Objective):
             raise InputError(f"score={score!r} is unknown.", "Use 'cross_entropy' or 'error_rate'.")
         self.score, self.differentiable = score, score == "cross_entropy"
 
-    def loss(
-        self,
-        seen: Mapping[str, Float[Tensor, "image _"]],
-        task: str,
-        teacher: Mapping[str, Float[Tensor, "image _"]],
-    ) -> Loss:
+    def loss(self, seen: Views, task: str, teacher: Views) -> Loss:
         """Give the score of the predictions by the labels among what is known of the images."""
         return self(seen["prediction"], task, teacher.get("labels"))
 

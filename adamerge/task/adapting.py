@@ -237,9 +237,7 @@ class MergeTask(Stepping):
 
     def restart_coefficients(self) -> None:
         """Go back to the initial coefficients and adapters, and forget the optimizer's moments."""
-        self.coefficients.reset()
-        if self.adapters is not None:
-            self.adapters.reset()
+        self.reset_learned()
         for optimizer in self._optimizers():
             optimizer.state.clear()
 

@@ -84,9 +84,7 @@ class Evaluating(MergedParts):
     def evaluate_start(self) -> dict[str, float]:
         """Give top-1 accuracy in percent under what was learned at its start; nothing else changes."""
         learned = {name: value.clone() for name, value in self.learned.state_dict().items()}
-        self.coefficients.reset()
-        if self.adapters is not None:
-            self.adapters.reset()
+        self.reset_learned()
         try:
             with torch.random.fork_rng(devices=[]):  # loaders draw a number, even where they walk in order
                 return self.evaluate()

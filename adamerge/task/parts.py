@@ -71,6 +71,12 @@ class MergedParts(pl.LightningModule):
         parts: dict[str, nn.Module] = {"coefficients": self.coefficients}
         return nn.ModuleDict(parts if self.adapters is None else parts | {"adapters": self.adapters})
 
+    def reset_learned(self) -> None:
+        """Take coefficients and adapters back to their start, in place."""
+        self.coefficients.reset()
+        if self.adapters is not None:
+            self.adapters.reset()
+
     @property
     def fitted_heads(self) -> dict[str, Head]:
         """The heads as they read the merged model: with their tasks' adapters, where there are any."""

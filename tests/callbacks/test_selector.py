@@ -191,7 +191,8 @@ def test_a_run_without_a_better_look_loses_patience_and_goes_back(clip: Path) ->
 def test_a_state_in_which_a_task_has_collapsed_is_never_the_best(clip: Path) -> None:
     selector = Scripted(2, lost_agreement=-0.5)  # less than a gain of 0.5 counts as a collapse here
     watched(clip, 7, selector)
-    assert selector.chosen_step == 0
+    assert selector.state_dict()["last"]  # it ended, and went back
+    assert selector.state_dict()["best"]["step"] == 0
     assert selector.verdict == ""
 
 
