@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adamerge.errors import InputError
 from adamerge.models import ModuleBackbone
+from adamerge.models.hooks import attached
 from adamerge.state import State
 
 Shapes = tuple[list[int] | None, list[int] | None]
@@ -68,12 +69,8 @@ def _watching(modules: Any) -> Iterator[dict[int, list[Shapes]]]:
         ]
         seen.setdefault(id(module), []).append((shapes[0], shapes[1]))
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
+    with attached(module.register_forward_hook(note) for module in modules):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_chain(blocks: list[Any], seen: dict[int, list[Shapes]]) -> bool:

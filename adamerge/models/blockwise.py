@@ -17,6 +17,7 @@ from adamerge.coefficients.grouping import GROUPINGS
 from adamerge.errors import InputError
 from adamerge.models.base import ModuleBackbone
 from adamerge.models.grams import plain_attention
+from adamerge.models.hooks import attached
 from adamerge.models.measured import ExpertStatistic
 from adamerge.state import State
 
@@ -152,12 +153,8 @@ class Blocks(ExpertStatistic):
             module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
             for path, hook in hooks.items()
         ]
-        try:
-            with torch.no_grad(), plain_attention():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with attached(handles), torch.no_grad(), plain_attention():
+            yield
 
 
 class _Reached(Exception):  # it leaves a forward pass early and is no error

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.models.base import Backbone
+from adamerge.models.hooks import attached
 from adamerge.state import State
 
 _STATISTICS = ("running_mean", "running_var")
@@ -99,9 +100,5 @@ def _measured(module: nn.Module) -> Iterator[dict[nn.Module, _Moments]]:
         layer.running_mean, layer.running_var = moments.add(rows)  # for this pass alone
 
     layers = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
-    try:
+    with attached(layer.register_forward_pre_hook(look) for layer in layers):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
