@@ -99,7 +99,7 @@ def run_one(table: Benchmark, found: Found, method: str, options: list[str]) -> 
 
 def options_of(method: str, case: Case, seed: int, steps: int) -> list[str]:
     """Give a run's further arguments."""
-    options = ["--seed_everything", str(seed)]
+    options = ["--seed_everything", str(seed), *case.options]
     if own := steps_of(method):
         limit = max(1, round(case.factor * (steps or own)))
         options += ["--evaluate_start", "true", "--trainer.max_steps", str(limit)]

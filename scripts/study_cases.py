@@ -70,12 +70,14 @@ class Case:
         make: Gives the document.
         factor: Of the steps of every method that learns.
         methods: What is run in the place of the methods that the user named.
+        options: Further arguments of every method that learns; they win over its file.
     """
 
     name: str
     make: Callable[[], Document]
     factor: float = 1.0
     methods: Sequence[str] = field(default_factory=list)
+    options: Sequence[str] = ()
 
 
 class Source:
@@ -160,11 +162,11 @@ class Source:
 def stress(source: Source) -> Iterator[Case]:
     """Give the cases that break methods."""
     tasks, data = source.adapting, source.benchmark.data
-    large = 10 * data.batch_size_of(tasks[0])
+    large = {tasks[0]: {"batch_size": 10 * data.batch_size}}
     yield Case("clean", source.variant)
-    yield Case("unbalanced", partial(source.variant, {tasks[0]: {"batch_size": large}}))
+    yield Case("unbalanced", partial(source.variant, large), options=batches_of(data.batch_size))
     for size in (1, 2, 4):
-        yield Case(f"batch_{size}", partial(source.variant, batch_size=size))
+        yield Case(f"batch_{size}", partial(source.variant, batch_size=size), options=batches_of(size))
     yield Case("one_class", partial(one_class, source))
     yield Case("corrupted", partial(corrupted, source))
     if not source.is_embedded:  # those are too small for the library
@@ -175,6 +177,11 @@ def stress(source: Source) -> Iterator[Case]:
     yield Case("foreign", partial(foreign, source))
     tested = {task: {"adapt": data.tasks[task].test} for task in tasks if data.tasks[task].test}
     yield Case("transductive", partial(source.variant, tested))
+
+
+def batches_of(size: int) -> tuple[str, str]:
+    """Give the arguments that set the batch size, whatever a method's file says."""
+    return "--data.batch_size", str(size)
 
 
 def fractions(source: Source) -> Iterator[Case]:

@@ -69,6 +69,9 @@ def test_streams_differ_in_what_they_say(scripts, source) -> None:
     assert set(data_of(source, documents["transductive"]).transductive().values()) == {9}
     assert set(data_of(source, documents["clean"]).transductive().values()) == {0}
     assert found["gaussian_noise"].make()["data"]["tasks"]["bars"]["adapt_corruption"] == "gaussian_noise/3"
+    official = "official_layer_wise"  # its file has a batch size of its own
+    options = {n: scripts[0].options_of(official, found[n], 0, 0)[2:4] for n in ("unbalanced", "batch_2")}
+    assert options == {"unbalanced": ["--data.batch_size", "4"], "batch_2": ["--data.batch_size", "2"]}
     with pytest.warns(AdamergeWarning, match="single images"):
         assert data_of(source, found["batch_1"].make()).batch_size == 1
 
