@@ -21,7 +21,7 @@ def expert_statistics(
     """Prepare statistics of the experts on the unlabelled adaptation images.
 
     Args:
-        vectors: The experts.
+        vectors: The experts, as their files have them.
         backbone: Features of any weights.
         heads: Every task's head.
         data: The images.
@@ -37,14 +37,15 @@ def expert_statistics(
             f"experts {missing} have no adaptation images, which statistics are measured on.",
             "Set data.tasks.TASK.adapt, or choose a method that reads no statistics.",
         )
-    images = "/".join(data.fingerprint().values())
+    images = {task: data.adaptation(task) for task in vectors.tasks}
+    seen = {task: hashlib.sha256(b"".join(found.digests())).hexdigest() for task, found in images.items()}
     return Statistics(
         backbone,
         heads,
-        {task: data.adaptation(task).images for task in vectors.tasks},
+        {task: found.images for task, found in images.items()},
         lambda task: vectors.state(vectors.one_hot(task)),
         keys={
-            task: f"{digests['base']}/{digests[task]}/{images}/{_digest(heads[task])}"
+            task: f"{digests['base']}/{digests[task]}/{seen[task]}/{_digest(heads[task])}"
             for task in vectors.tasks
         },
         **options,

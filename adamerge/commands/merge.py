@@ -97,7 +97,7 @@ def merge(
     refuse_existing(target, overwrite=overwrite)
     sources = Sources.find(base, experts)
     sources.protect_from(target)
-    vectors = sources.open(allow_missing or (), exclude or (), force=force)
+    vectors = given = sources.open(allow_missing or (), exclude or (), force=force)
     asked = None if dtype is None else getattr(torch, dtype)
     recipe: dict[str, Any] = {"method": method, "options": dict(options), "dtype": dtype}
     if edit is None and edit_options:
@@ -118,8 +118,8 @@ def merge(
 
             recipe |= {"data": data, "samples": samples, "fisher_mode": fisher_mode}
             beside = target.with_name(f"{target.name}.statistics")
-            more["statistics"] = open_statistics(
-                vectors, sources, data, samples=samples, fisher_mode=fisher_mode, cache=beside
+            more["statistics"] = open_statistics(  # of the experts as they are, whatever is edited
+                given, sources, data, samples=samples, fisher_mode=fisher_mode, cache=beside
             )
         tensors = merged_tensors(vectors, method, dtype=asked, **more, **options)
     digests = _in_background(vectors.origins.digests) if sources.base.is_dir() else dict

@@ -1,7 +1,7 @@
 """The blocks of a backbone, one at a time: what they are given by a model, and what they make of it."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,11 +123,10 @@ class Blocks(ExpertStatistic):
             output = functional_call(self._backbone.module.get_submodule(unit.path), own, args, kwargs)
         return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
-    def rest(self, unit: Unit, known: Container[str]) -> dict[str, Tensor]:
-        """Give the floating tensors of a unit beyond those that are known, which all experts share."""
-        missing = [file for file in unit.files.values() if file not in known and file in self._backbone.names]
-        weights = self.experts.weights(self.tasks[0]) if missing else {}
-        return {name: weights[name] for name in missing}
+    def expert(self, unit: Unit, task: str) -> dict[str, Tensor]:
+        """Give a unit's floating tensors as a task's own expert has them."""
+        weights = self.experts.weights(task)
+        return {name: weights[name] for name in unit.files.values() if name in weights}
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """ProDistill: a coefficient for every entry, block after block, by distillation from the experts."""
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,8 +37,8 @@ class Blocks(Protocol):
         """Walk what a block is given on a task's images."""
         ...
 
-    def rest(self, unit: Any, known: Container[str]) -> dict[str, Tensor]:
-        """Give a block's tensors beyond those that are known."""
+    def expert(self, unit: Any, task: str) -> dict[str, Tensor]:
+        """Give a block's tensors as a task's own expert has them."""
         ...
 
     def run(self, unit: Any, weights: State, call: Any) -> list[Tensor]:
@@ -195,12 +195,12 @@ def _pairs(
         These, and the merged unit's tensors, learned or not.
     """
     weights, pairs = {n: stacks.blocks[n].base_tensor().float() + v for n, v in merged.items()}, []
-    own = {name: stacks.blocks[name] for name in unit.files.values() if name in stacks.blocks}
-    rest = blocks.rest(unit, own)
-    for index, task in enumerate(blocks.tasks):
-        expert = {n: (b.base_tensor().float() + b.dense()[index]).to(blocks.device) for n, b in own.items()}
+    expert: dict[str, Tensor] = {}
+    for task in blocks.tasks:
+        expert = blocks.expert(unit, task)
         with torch.no_grad():
             given = blocks.calls(unit, task, {}, shots)
-            targets = [[x.cpu() for x in blocks.run(unit, rest | expert, call)] for call in given]
+            targets = [[x.cpu() for x in blocks.run(unit, expert, call)] for call in given]
         pairs.append([*zip(blocks.calls(unit, task, weights, shots), targets, strict=True)])
-    return pairs, rest | {name: weights[name].to(blocks.device) for name in own}
+    own = {name: weights[name].to(blocks.device) for name in expert if name in weights}
+    return pairs, expert | own  # what has no vector, all experts share

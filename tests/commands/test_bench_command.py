@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from builders import write_benchmark
 from conftest import TASKS
@@ -71,6 +72,27 @@ def test_merge_measures_on_a_benchmarks_images(
     average = adamerge.merge(adamerge.TaskVectors.open(clip / "base", paths), "average")["visual.proj"]
     assert 0 < (merged - average).norm() < 0.5 * average.norm()
     assert list((tmp_path / "out.statistics").iterdir())
+
+
+def test_statistics_are_of_the_experts_as_they_are_and_of_the_images_in_use(
+    benchmark: Path, clip: Path, tmp_path: Path
+) -> None:
+    experts = [f"--experts={task}={clip / 'experts' / task}.safetensors" for task in TASKS]
+
+    def merged(out: str, *more: str) -> torch.Tensor:
+        given = ["--base", str(clip / "base"), *experts, "--out", str(tmp_path / out), "--overwrite", "true"]
+        assert main(["merge", "regmean", *given, "--data", str(benchmark), *more]) == 0
+        return load_file(tmp_path / out / "open_clip_model.safetensors")["visual.proj"]
+
+    plain, edited = merged("used"), merged("used", "--edit", "ties_trim")
+    assert torch.equal(merged("fresh", "--edit", "ties_trim"), edited)
+    assert torch.equal(merged("used"), plain)
+    assert not torch.equal(plain, edited)
+
+    document = yaml.safe_load(benchmark.read_text())
+    benchmark.write_text(yaml.safe_dump(document | {"data": document["data"] | {"holdout": 0.5}}))
+    assert not torch.equal(merged("used"), plain)
+    assert torch.equal(merged("used"), merged("other"))
 
 
 @pytest.mark.parametrize(
