@@ -25,19 +25,18 @@ from adamerge.dataflow import (
 from adamerge.dataflow.searching import Method
 from adamerge.errors import InputError, nearest
 from adamerge.mixture import Mixture, save_mixture
-from adamerge.objectives import Balanced, Entropy, FeatureMatching, KLTeacher, Objective, Supervised
+from adamerge.objectives import Entropy, FeatureMatching, KLTeacher, Objective, Supervised
 from adamerge.progress import console
 from adamerge.results import ResultRow, make_row
 from adamerge.state import State
 from adamerge.static import METHODS
 from adamerge.vectors import TaskVectors
 
-Score = Literal["cross_entropy", "error_rate", "kl_teacher", "features", "entropy", "balanced"]
+Score = Literal["cross_entropy", "error_rate", "kl_teacher", "features", "entropy"]
 _OBJECTIVES = {
     "kl_teacher": KLTeacher,
     "features": FeatureMatching,
     "entropy": Entropy,
-    "balanced": Balanced,
 }
 
 
@@ -69,7 +68,7 @@ def evolve(
         start: Model A: a static method, or zero_shot for the base.
         donors: Tasks whose experts lend blocks; default: all.
         objective: What is minimised: cross_entropy or error_rate, which read labels of the adaptation
-            images; kl_teacher, features, entropy or balanced, which do not.
+            images; kl_teacher, features or entropy, which do not.
         generations: Generations of the search.
         population: Paths of a generation, 4 or more; default: 4 + floor(3 ln n) for n genes.
         repeats: How often all blocks are laid out.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamerge.dataflow.flow import Flow, FlowBackbone, Step, flow_weights
 from adamerge.errors import InputError
 from adamerge.models import ModuleBackbone
 from adamerge.models.hooks import attached
@@ -30,7 +31,8 @@ def find_blocks(backbone: ModuleBackbone, weights: State, inputs: Tensor) -> str
         inputs: A batch of one or more inputs.
 
     Raises:
-        InputError: There is no such list, or there are several: stages between which the shape changes.
+        InputError: There is no such list, or there are several: stages between which the shape changes; or
+            the network runs no more blocks than it has itself.
     """
     lists = {
         name: [*part._modules.values()]
@@ -45,6 +47,7 @@ def find_blocks(backbone: ModuleBackbone, weights: State, inputs: Tensor) -> str
     found = whole or found  # a part of a stage has its like elsewhere
     found = [name for name in found if not any(f"{name}.".startswith(f"{o}.") for o in found if o != name)]
     if len(whole) == len(found) == 1:
+        _require_longer_paths(backbone, found[0], weights, inputs)
         return found[0]
     family = f"{type(backbone.module).__name__} has"
     if len(found) > 1:
@@ -55,6 +58,19 @@ def find_blocks(backbone: ModuleBackbone, weights: State, inputs: Tensor) -> str
     raise InputError(
         f"{told}.", "Data-flow search needs blocks that can follow each other: use a transformer."
     )
+
+
+def _require_longer_paths(backbone: ModuleBackbone, name: str, weights: State, inputs: Tensor) -> None:
+    """Refuse a network that takes its number of blocks from its configuration, and cuts longer paths."""
+    count = len(backbone.module.get_submodule(name)._modules)
+    steps = [Step(0, block) for block in range(count)]
+    longer = FlowBackbone(backbone, Flow(name, (*steps, steps[-1])))
+    found = longer.features(flow_weights(backbone, name, [weights]), inputs)
+    if torch.equal(found, backbone.features(weights, inputs)):
+        raise InputError(
+            f"{type(backbone.module).__name__} runs {count} blocks, however many its {name} has.",
+            "Data-flow search needs a network that runs the list as it is: most encoders do.",
+        )
 
 
 @contextmanager

@@ -71,6 +71,30 @@ def test_blocks_are_found_and_run_in_order_are_the_model_itself(tmp_path: Path, 
     assert torch.equal(backbone.features(weights, inputs), before)
 
 
+class Cutting(nn.Module):
+    """Runs as many blocks as it was made with, as some encoders do."""
+
+    def __init__(self, *, cuts: bool) -> None:
+        super().__init__()
+        self.layers, self.cut = nn.ModuleList(nn.Linear(3, 3) for _ in range(2)), 2 if cuts else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[: self.cut]:
+            x = layer(x)
+        return x
+
+
+def test_networks_that_cut_longer_paths_are_refused() -> None:
+    for cuts in (False, True):
+        backbone = ModuleBackbone(Cutting(cuts=cuts))
+        given = dict(backbone.module.state_dict()), torch.randn(2, 3)
+        if not cuts:
+            assert find_blocks(backbone, *given) == "layers"
+            continue
+        with pytest.raises(InputError, match="Cutting runs 2 blocks, however many its layers has"):
+            find_blocks(backbone, *given)
+
+
 @pytest.mark.parametrize("family", STAGED)
 def test_networks_whose_shapes_change_are_refused(tmp_path: Path, family: str) -> None:
     reason, write = STAGED[family]
