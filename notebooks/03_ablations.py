@@ -164,17 +164,81 @@ assert all(0 < (row.mean or 0) <= 100 for found in rows.values() for row in foun
 # %% [markdown]
 # ## The study
 #
-# The same questions on all tasks, over seeds and under stress, are answered by a script; this reads its
-# tables where it has run:
+# The same questions on all tasks, over seeds and under stress. `docs/study` holds what these commands wrote;
+# `ZOO` is a zoo of real image tasks as `scripts/train_zoo.py` makes it:
 #
-#     python scripts/study.py stress --benchmark embedded --methods default --seeds 0,1,2 --out runs/study
+#     python scripts/study.py stress --benchmark embedded --methods M1,M2 --out runs/study/embedded
+#     python scripts/study.py grid --benchmark embedded --seeds 0 --out runs/study/embedded
+#     python scripts/study.py fractions --benchmark embedded --methods M1,M2 --out runs/study/embedded
+#     python scripts/study.py steps --benchmark embedded --methods M1,M2 --out runs/study/embedded
+#     python scripts/study.py stress --benchmark ZOO/benchmark.yaml --methods M1,M2 --out runs/study/suite
+#
+# First, what each method gains over its own start where the adaptation images come as they please; bars are
+# the spread over seeds.
 
 # %%
-for table in sorted(Path("runs/study").rglob("*.csv")):
-    print(table)
-    with table.open(encoding="utf-8") as stream:
-        for method, *values in csv.reader(stream):
-            print(f"{method:>28}", *(f"{value[:18]:>18}" for value in values[:8]))
+STUDY = Path(adamerge.__file__).parents[1] / "docs" / "study"  # of the clone that this notebook lies in
+
+
+def read(name: str) -> dict[str, dict[str, float]]:
+    """Read one of the study's tables: the numbers of every method that learns, by column."""
+    with (STUDY / f"{name}.csv").open(encoding="utf-8") as stream:
+        found = {row.pop("method"): row for row in csv.DictReader(stream)}
+    numbers = {name: {key: float(text) for key, text in row.items() if text} for name, row in found.items()}
+    return {name: row for name, row in numbers.items() if "worst minus start" in row}
+
+
+def cases_of(row: dict[str, float]) -> list[str]:
+    """Give the cases of a table."""
+    return [name for name in row if f"{name} minus start" in row]
+
+
+def draw(axis: Any, name: str, suffix: str = "") -> None:
+    """Draw a row per method over the cases, with its spread."""
+    for method, row in read(name).items():
+        cases = cases_of(row)
+        spread = [row.get(f"{case}{suffix} sd", 0.0) for case in cases]
+        axis.errorbar(
+            cases, [row[case + suffix] for case in cases], spread, fmt="o-", capsize=2, label=method
+        )
+    axis.tick_params("x", rotation=60)
+    axis.set_title(name, fontsize=9)
+
+
+figure, axes = plt.subplots(1, 2, figsize=(13, 3.5))
+for axis, benchmark in zip(axes, ("embedded", "suite"), strict=True):
+    draw(axis, f"{benchmark}/stress", " minus start")
+    axis.axhline(0, color="grey", linewidth=0.8)
+axes[0].set_ylabel("points above the start")
+axes[0].legend(fontsize=7)
+
+# %% [markdown]
+# How many images a task, and how many steps (as a share of the method's own number)?
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+draw(axes[0], "embedded/fractions")
+draw(axes[1], "embedded/steps")
+axes[0].set_ylabel("mean accuracy, %")
+axes[0].legend(fontsize=7)
+
+# %% [markdown]
+# Initialiser x objective, in every coefficient space, 100 steps each.
+
+# %%
+grid = read("embedded/grid")
+spaces = cases_of(next(iter(grid.values())))
+starts, objectives = (list(dict.fromkeys(name.split("-")[part] for name in grid)) for part in (0, 1))
+figure, axes = plt.subplots(1, len(spaces), figsize=(13, 3.2), sharey=True)
+for axis, space in zip(axes, spaces, strict=True):
+    values = [[grid[f"{start}-{name}"][space] for name in objectives] for start in starts]
+    axis.imshow(values, vmin=75, vmax=88, aspect="auto")
+    axis.set_xticks(range(len(objectives)), objectives, rotation=60)
+    axis.set_yticks(range(len(starts)), [start.removeprefix("start_") for start in starts])
+    axis.set_title(space)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white")
 
 # %% [markdown]
 # ## What came out

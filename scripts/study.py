@@ -148,7 +148,8 @@ def write(found: Sequence[Found], out: Path, table: str, remarks: dict[str, str]
     ]
     parts = [markdown(list(markdown_lines(found))), *(["\n".join(told) + "\n"] if told else [])]
     write_text(out / f"{table}.md", "\n".join(parts))
-    save_picture(out / f"{table}.png", lambda: picture(found))
+    draw = heat_map if table == "grid" else gains
+    save_picture(out / f"{table}.png", lambda: draw(found))
 
 
 def csv_lines(found: Sequence[Found]) -> Iterator[list[str]]:
@@ -195,7 +196,25 @@ def names(found: Sequence[Found]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(e.method for e in found)), list(dict.fromkeys(e.case for e in found))
 
 
-def picture(found: Sequence[Found]) -> "Figure":
+def heat_map(found: Sequence[Found]) -> "Figure":
+    """Draw and write the mean accuracy of every method in every case."""
+    from matplotlib.figure import Figure
+
+    methods, cases = names(found)
+    values = [[cell_of(found, method, case).mean or float("nan") for case in cases] for method in methods]
+    figure = Figure(figsize=(2.5 + 0.7 * len(cases), 1 + 0.25 * len(methods)))
+    axes = figure.add_subplot()
+    axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white")
+    axes.set_title("mean accuracy, %", fontsize=9)
+    return figure
+
+
+def gains(found: Sequence[Found]) -> "Figure":
     """Draw the points above the start of methods that learn, by case; bars are the spread over seeds."""
     from matplotlib.figure import Figure
 

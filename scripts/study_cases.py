@@ -187,7 +187,7 @@ def batches_of(size: int) -> tuple[str, str]:
 def fractions(source: Source) -> Iterator[Case]:
     """Give the cases of fewer adaptation images."""
     for name, shots in SHOTS.items():
-        yield Case(name, partial(source.variant, shots=shots))
+        yield Case(name, partial(source.variant, shots=shots), options=("--data.shots", str(shots)))
 
 
 def steps(source: Source) -> Iterator[Case]:

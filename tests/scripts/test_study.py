@@ -139,6 +139,8 @@ def test_a_foreign_expert_stays_and_its_images_go(scripts, source) -> None:
 def test_fractions_steps_and_compositions(scripts, source) -> None:
     shots = {name: case.make()["data"]["shots"] for name, case in cases(scripts, source, "fractions").items()}
     assert shots == {"16": 16, "64": 64, "256": 256, "all": 0}
+    few = cases(scripts, source, "fractions")["64"]  # some method files have a number of shots of their own
+    assert scripts[0].options_of("random_few_shot", few, 0, 0)[2:4] == ["--data.shots", "64"]
     study = scripts[0]
     limits = [
         study.options_of("adamerging_task_wise", case, 1, 0)[-1]
@@ -224,3 +226,12 @@ def test_spreads_are_of_seeds(scripts) -> None:
     assert study.text_of(cell) == "72.0 ± 2.8 (+11.0)"
     runs.append(study.Found("clean", "a", 2))
     assert study.text_of(study.cell_of(runs, "a", "clean")) == "-"
+
+
+def test_the_grid_is_drawn_as_a_map_with_holes_where_a_run_was_refused(scripts, tmp_path: Path) -> None:
+    study = scripts[0]
+    runs = [study.Found("row", "a", 0, 70.04), study.Found("row", "b", 0), study.Found("entry", "a", 0, 60)]
+    axes = study.heat_map(runs).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["70.0", "60.0", "nan", "nan"]
+    study.write(runs, tmp_path, "grid", {})
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
