@@ -83,9 +83,15 @@ def test_reliable_entropy_without_filter_sharpness_and_recovery_is_plain_entropy
 
 def test_without_reliable_images_nothing_moves(clip: Path) -> None:
     task = make_task(clip, objective=ReliableEntropy(threshold=1e-9), optimizer=adam(1e-2))
-    learned = adapt(task, memory_data(), 4)
+    with pytest.warns(AdamergeWarning, match=r"no image worth a step of \['bars', 'circles', 'dots'\]"):
+        learned = adapt(task, memory_data(), 4)
     assert torch.equal(learned, torch.full_like(learned, 0.3))
     assert task.losses == {}
+
+
+def test_steps_that_gather_several_batches_are_refused(clip: Path) -> None:
+    with pytest.raises(InputError, match="a step is one batch of every task"):
+        adapt(make_task(clip), memory_data(), 1, accumulate_grad_batches=2)
 
 
 def test_recovery_goes_back_and_forgets_the_moments(clip: Path) -> None:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from adamerge import (
     Components,
+    Concrete,
     Elements,
     FeatureMatching,
     FrankWolfe,
@@ -68,6 +69,27 @@ def test_weights_of_all_components_at_first_step_like_numbers_alone(clip: Path) 
         adapt(task, memory_data(), 1)
         losses.append(task.losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_masks_that_are_fixed_do_not_move_by_momentum(clip: Path) -> None:
+    def masks(steps: int) -> dict[str, torch.Tensor]:
+        space = Concrete(learn_numbers=False, fix_after=2)
+        adapt(make_task(clip, space, objective=KLTeacher()), memory_data(), steps)
+        return {name: value.detach() for name, value in space.fine.items()}
+
+    fixed, later = masks(2), masks(4)
+    assert all(torch.equal(fixed[name], later[name]) for name in fixed)
+    assert any(value.abs().max() > 0 for value in fixed.values())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [(lambda: Components("weights"), "kind='weights'"), (lambda: Elements("rows"), "per='rows'")],
+)
+def test_unknown_kinds_of_coefficients_are_refused(make, found: str) -> None:
+    with pytest.raises(InputError, match=f"{found} is unknown"):
+        make()
 
 
 def test_optimizers_of_a_matrix_refuse_finer_coefficients(clip: Path) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,10 @@ class Coefficients(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Repair the parameters after an optimizer step, where their space asks for it."""
+
+    def settled(self) -> Iterable[nn.Parameter]:
+        """Give the parameters that are not to move any more."""
+        return ()
 
     @abstractmethod
     def table(self) -> tuple[list[str], Float[Tensor, "task group"]]:

@@ -32,6 +32,7 @@ class Objective(nn.Module, ABC):
         needs_teacher: Whether `forward` reads the same of the task's own expert.
         needs_labels: Whether `forward` reads the images' labels, one-hot, in the teacher's place.
         differentiable: Whether its value has a gradient; otherwise only a search can minimise it.
+        judges_all: Whether every image counts, so that losses of different coefficients can be compared.
         ascends: Whether it takes a gradient of its own, which a search does not compute.
     """
 
@@ -39,6 +40,7 @@ class Objective(nn.Module, ABC):
     needs_teacher = False
     needs_labels = False
     differentiable = True
+    judges_all = True
     ascends = False
 
     @property

@@ -40,6 +40,7 @@ class Mixed(Objective):
         self.ascends = any(part.ascends for part in parts)
         self.needs_labels = any(part.needs_labels for part in parts)
         self.differentiable = all(part.differentiable for part in parts)
+        self.judges_all = all(part.judges_all for part in parts)
         kinds: list[Reads] = [*{part.reads for part in parts if part.reads != "coefficients"}]
         self.reads = "prediction" if len(kinds) > 1 else kinds[0] if kinds else "coefficients"
 

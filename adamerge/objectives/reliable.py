@@ -5,6 +5,7 @@ import math
 from jaxtyping import Bool
 from torch import Tensor
 
+from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Memory, Objective, entropy_of
 
 _DECAY = 0.9
@@ -21,10 +22,19 @@ class ReliableEntropy(Objective):
         recovery: When a task's moving average of the loss falls below ``recovery`` x log C, the
             coefficients go back to their initial values and the averages are forgotten; 0 turns it
             off. 0.029 is SAR's 0.2 for 1000 classes, free of scale.
+
+    Raises:
+        InputError: With these no image would be reliable, or none unreliable.
     """
+
+    judges_all = False
 
     def __init__(self, threshold: float = 0.4, recovery: float = 0.029) -> None:
         super().__init__()
+        if not (threshold > 0 and recovery >= 0):
+            raise InputError(
+                f"threshold={threshold}, recovery={recovery}.", "Both are shares of log C: use 0.4 and 0.029."
+            )
         self.threshold, self.recovery = threshold, recovery
         self.averages: dict[str, float] = {}
         self._before: dict[str, float] = {}

@@ -86,7 +86,9 @@ class _Search(CoefficientOptimizer):
         if losses[best] < state["least"]:
             state |= {"least": losses[best], "best": torch.from_numpy(points[best]).reshape(values.shape)}
         mean = self._tell(points, losses, state)
-        return self._judge(closure, values, state["best"].flatten().numpy() if self.keep == "best" else mean)
+        return self._judge(
+            closure, values, state["best"].cpu().flatten().numpy() if self.keep == "best" else mean
+        )
 
     def size(self, n: int) -> int:
         """Give the points of a generation over n coefficients."""
@@ -145,7 +147,7 @@ class RandomSearch(_Search):
         start = state.setdefault("start", values.double().cpu())
         generator = np.random.default_rng((self.seed, state["generation"]))
         noise = generator.standard_normal((self.size(start.numel()), start.numel()))
-        return start.flatten().numpy() + self.sigma * noise
+        return start.cpu().flatten().numpy() + self.sigma * noise
 
     def _tell(self, points: Points, losses: list[float], state: dict[str, Any]) -> Float64[np.ndarray, " n"]:
         return state["best"].double().cpu().flatten().numpy()

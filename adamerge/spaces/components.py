@@ -1,6 +1,6 @@
 """Coefficients of singular components: which directions of each expert's matrices take part."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,8 @@ class Components(Space):
         super().__init__(grouping, initial, clamp, pattern=pattern)
         if not 0 < keep <= 1 or not 0 < rank <= 1:
             raise InputError(f"keep={keep}, rank={rank}.", "Both are shares in (0, 1].")
+        if kind not in get_args(Kind):
+            raise InputError(f"kind={kind!r} is unknown.", f"Use one of {', '.join(get_args(Kind))}.")
         self.kind, self.keep, self.rank = kind, keep, rank
 
     def refine(self, name: str, vectors: TaskVectors) -> None:

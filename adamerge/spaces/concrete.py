@@ -2,11 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamerge.coefficients.learned import Clamp, Grouping
 from adamerge.errors import InputError
@@ -120,6 +120,10 @@ class Concrete(Space):
         """Repair the numbers; the next step draws another noise."""
         super().after_step()
         self.step += 1
+
+    def settled(self) -> Iterable[nn.Parameter]:
+        """Give the masks' parameters once they are fixed."""
+        return self.fine.parameters() if self._is_fixed else ()
 
     def get_extra_state(self) -> Tensor:
         """Give the number of steps, a part of the state."""

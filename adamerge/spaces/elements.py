@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adamerge.errors import InputError
 from adamerge.spaces.base import Numbers, Space
 from adamerge.vectors import Block, TaskVectors
 
@@ -44,13 +45,15 @@ class Elements(Space):
         pattern: Which tensors are refined (`re.search`); the others have one number per task. None: all.
 
     Raises:
-        InputError: The pattern is no regular expression.
+        InputError: The pattern is no regular expression, or ``per`` is neither.
     """
 
     def __init__(
         self, per: Literal["entry", "row"] = "entry", initial: float = 0.3, pattern: str | None = None
     ) -> None:
         super().__init__("tensor", initial, pattern=pattern)
+        if per not in ("entry", "row"):
+            raise InputError(f"per={per!r} is unknown.", "Use 'entry' or 'row'.")
         self.per, self.initial = per, initial
 
     def refine(self, name: str, vectors: TaskVectors) -> None:

@@ -1,9 +1,10 @@
 """MergeTask: coefficients x objective x codec x optimizer, learned on unlabelled inputs."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,21 +12,25 @@ from torch.optim import Optimizer
 
 from adamerge.coefficients import Coefficients
 from adamerge.data.module import Batch
-from adamerge.errors import InputError, NumericError, shortlist
+from adamerge.errors import AdamergeWarning, InputError, NumericError, shortlist
 from adamerge.mixture import RouterStep
 from adamerge.models import Backbone, Head, Surgery, require_class_names
 from adamerge.objectives import Entropy, Objective
-from adamerge.optimizers import BiLevel, CoefficientOptimizer
 from adamerge.progress import track
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
-from adamerge.spaces import Concrete
+from adamerge.task.combining import (
+    Decay,
+    require_comparable,
+    require_decay,
+    require_objective,
+    require_optimizer,
+    require_trainer,
+)
 from adamerge.task.known import Known, facts_of
 from adamerge.task.stepping import Stepping
 from adamerge.vectors import TaskVectors
 
 MakeOptimizer = Callable[[Any], Optimizer]
-Decay = Literal["none", "linear"]
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _CHECKPOINT_KEY = "adamerge"
 
 
@@ -82,26 +87,18 @@ class MergeTask(Stepping):
         super().__init__(vectors, backbone, heads, **parts, recalibrate=recalibrate)
         self.objective = objective or Entropy()
         self.objective.build(vectors.tasks)
-        self._router_step = self._require_fitting_objective()
+        require_objective(self.objective, routed=self.mixture is not None)
+        self._router_step = RouterStep(self.mixture, self.objective) if self.mixture else None
         self.objective.start_at(list(self.coefficients.parameters()))
-        self.make_optimizer, self.decay = optimizer, decay
+        self.make_optimizer = optimizer
+        self.decay: Decay = decay
         self.images_per_pass = images_per_pass
         self.losses = {}
         self._last_good = LastGood()
         self._memory: dict[str, float] = {}  # the objective's, when the step began
         self.known = Known()
+        self._without_loss: set[str] | None = None  # tasks, of the steps that this process has taken
         self._leaves = {}
-
-    def _require_fitting_objective(self) -> RouterStep | None:
-        """Refuse an objective that these coefficients cannot serve; a router takes steps of its own."""
-        name = type(self.objective).__name__
-        if self.objective.reads == "coefficients":
-            raise InputError(f"{name} alone moves nothing.", "Add an objective of images: adamerge.Mixed.")
-        if self.mixture is not None:
-            return RouterStep(self.mixture, self.objective)
-        if self.objective.needs_router:
-            raise InputError(f"{name} needs a router.", "Use coefficients such as adamerge.Router.")
-        return None
 
     def configure_optimizers(self) -> Optimizer | None:
         """Make the optimizer of coefficients and adapters; None where there is nothing to learn.
@@ -111,52 +108,11 @@ class MergeTask(Stepping):
         """
         parameters = list(self.learned.parameters())
         optimizer = self.make_optimizer(parameters) if parameters else None
-        if optimizer and not self.objective.differentiable and getattr(optimizer, "reads", "") != "loss":
-            name = type(self.objective).__name__
-            raise InputError(f"this {name} has no gradient.", "Use adamerge.CMAES.")
-        if isinstance(optimizer, CoefficientOptimizer):
-            self._require_matrix(optimizer)
-        if isinstance(optimizer, BiLevel):
-            self._require_masks()
         if optimizer:
-            self._require_ways_to_step(optimizer)
+            require_optimizer(optimizer, self, self._world_size())
+            if self.decay != "none":
+                require_decay(self.decay, optimizer, self.trainer.max_steps)
         return optimizer
-
-    def _require_masks(self) -> None:
-        """Two levels are numbers and masks, and nothing else, in one process."""
-        if not isinstance(self.coefficients, Concrete) or self.adapters is not None or self._world_size() > 1:
-            raise InputError(
-                "BiLevel needs numbers and masks alone, and one process.",
-                "Use adamerge.Concrete without adapters, on one device.",
-            )
-
-    def _require_ways_to_step(self, optimizer: Optimizer) -> None:
-        """Refuse a falling rate where there is no rate or no end, and an adversary without gradient."""
-        name = type(optimizer).__name__
-        if self.objective.ascends and getattr(optimizer, "reads", "") == "loss":
-            raise InputError(f"{name} computes no gradient, and a perturbation needs one.", "Use Adam.")
-        if self.decay == "none":
-            return
-        if isinstance(optimizer, BiLevel) or "lr" not in optimizer.param_groups[0]:
-            raise InputError(f"{name} has no learning rate to decay.", "Use decay: none.")
-        if self.trainer.max_steps < 1:
-            raise InputError(
-                f"decay={self.decay!r} with trainer.max_steps={self.trainer.max_steps}.",
-                "Give the last step.",
-            )
-
-    def _require_matrix(self, optimizer: CoefficientOptimizer) -> None:
-        name = type(optimizer).__name__
-        if self.mixture is not None:
-            raise InputError(
-                f"{name} steps on static coefficients; a router has none.", "Use torch.optim.Adam."
-            )
-        _ = optimizer.values  # one matrix, or it says so
-        if optimizer.reads == "task_gradients" and self._world_size() > 1:
-            raise InputError(f"{name} needs the gradients of all tasks in one process.", "Use one device.")
-        penalty = self.objective.penalty(list(self.coefficients.parameters()))
-        if optimizer.reads == "task_gradients" and penalty is not None:
-            raise InputError(f"{name} steps on the tasks' gradients alone.", "Leave out Prior, or use Adam.")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the objective forget the last step, and remember where this one starts."""
@@ -185,13 +141,16 @@ class MergeTask(Stepping):
         """
         scale = self._loss_scale()
         self.losses = {}
-        if self._reads == "loss":  # one batch is judged many times, each time anew
+        if self._reads == "loss":  # one batch is judged many times, each time from the same memory
+            self.objective.load_per_task_state(self._memory)
             self.objective.begin_step()
         batch = self.known.added_to(batch)
         surrogate, gradient = self._adapted_step(self._step, batch, scale)
         self.losses = self._gathered(self.losses)
+        before = self.data.adapting_tasks if self._without_loss is None else self._without_loss
+        self._without_loss = set(before) - self.losses.keys()
         if self._reads == "loss":
-            self._require_comparable()
+            require_comparable(self.objective, self.losses, self.data.adapting_tasks)
         with self._keeping_the_last_good():  # a loss scaler skips a step of infinite gradient itself
             gradient = gradient if scale == 1 else None
             require_finite_step(self.global_step, self.losses, gradient, self.vectors.tasks)
@@ -202,20 +161,11 @@ class MergeTask(Stepping):
         total = total if penalty is None else total + penalty
         return surrogate * self._world_size() + total  # DDP averages gradients; the loss is a sum
 
-    def _require_comparable(self) -> None:
-        """A search must not be rewarded for coefficients at which an objective gives up a task."""
-        skipped = [task for task in self.data.adapting_tasks if task not in self.losses]
-        if skipped:
-            raise InputError(
-                f"{type(self.objective).__name__} gave no loss for {shortlist(skipped)}: losses of different "
-                "coefficients cannot be compared.",
-                "Search with an objective that judges every image, such as KLTeacher.",
-            )
-
     def on_after_backward(self) -> None:
-        """Where no task was worth a step, leave nothing to step with: momentum must not move either."""
-        if not self.losses and self._loss_scale() == 1:  # a loss scaler insists on gradients
-            for parameter in self.learned.parameters():
+        """Leave nothing to step with where nothing is to move: momentum must not move it either."""
+        idle = self.coefficients.settled() if self.losses else self.learned.parameters()
+        if self._loss_scale() == 1:  # a loss scaler insists on gradients
+            for parameter in idle:
                 parameter.grad = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -283,21 +233,8 @@ class MergeTask(Stepping):
             )
         if headless:
             raise InputError(f"data tasks {headless} have no head.", f"Heads: {list(self.heads)}.")
-        if self.trainer.precision not in _PRECISIONS:
-            raise InputError(
-                f"precision {self.trainer.precision!r} would round the coefficients.",
-                f"Use one of {', '.join(_PRECISIONS)}: coefficients and heads stay in fp32.",
-            )
-        if self._world_size() > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise InputError(
-                "the tasks are dealt out to the processes here, not by Lightning.",
-                "Pass Trainer(use_distributed_sampler=False).",
-            )
-        if stage == "fit" and self._world_size() > 1 and self._router_step and self._router_step.normalises:
-            raise InputError(
-                "this router normalises over the images of all tasks, and each process has some tasks alone.",
-                "Use network='linear', or --trainer.devices 1.",
-            )
+        normalises = self._router_step is not None and self._router_step.normalises
+        require_trainer(self.trainer, self._world_size(), fits=stage == "fit", normalises=normalises)
         require_class_names(self.heads, {task: spec.classes for task, spec in self.data.tasks.items()})
         self.data.use(self.backbone)
 
@@ -321,8 +258,15 @@ class MergeTask(Stepping):
         self.known.to(self._where)
 
     def on_fit_end(self) -> None:
-        """From now on a router gives each sample its mixture, whatever is beside it."""
+        """From now on a router gives each sample its mixture; tell which tasks were never worth a step."""
         (self.mixture or self.coefficients).eval()
+        if self._without_loss:
+            warnings.warn(
+                f"{type(self.objective).__name__} found no image worth a step of "
+                f"{sorted(self._without_loss)}: nothing was learned from them.",
+                AdamergeWarning,
+                stacklevel=2,
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what resuming must agree with; coefficients and optimizer are there already.

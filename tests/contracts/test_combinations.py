@@ -69,6 +69,7 @@ def reason_against(objective: str, optimizer: str, coefficients: str) -> str | N
         (routed and of_a_matrix, "a router has none"),
         (fine and of_a_matrix, "needs one matrix"),
         (objective == "perturbed" and optimizer in SEARCHES, "computes no gradient"),
+        (objective == "reliable" and optimizer in SEARCHES, "leaves images out"),
         (objective == "balanced" and optimizer == "natural", "needs losses of 0 or more"),
         (objective == "kl_prior" and optimizer in ("fw_soft", "natural"), "Leave out Prior"),
     )

@@ -82,6 +82,11 @@ def test_a_prior_pulls_every_parameter_to_its_start() -> None:
 
 
 class TestReliableEntropy:
+    @pytest.mark.parametrize("options", [{"threshold": -1.0}, {"threshold": math.nan}, {"recovery": -0.1}])
+    def test_options_out_of_range_are_refused(self, options: dict) -> None:
+        with pytest.raises(InputError, match="shares of log C"):
+            ReliableEntropy(**options)
+
     def test_an_infinite_threshold_is_plain_entropy(self) -> None:
         logits = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
         assert torch.equal(ReliableEntropy(math.inf)(logits, "task"), Entropy()(logits, "task"))

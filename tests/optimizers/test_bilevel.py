@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adamerge import BiLevel, Concrete, Entropy, InputError, KLTeacher, Learned, Mixed, Perturbed, Router
+from adamerge.errors import AdamergeWarning
 
 
 class Problem:
@@ -69,7 +70,8 @@ def test_an_interrupted_dam_run_goes_on_bit_for_bit(clip: Path, tmp_path: Path) 
     whole = dam(clip)
     adapt(whole, memory_data(), 3, max_epochs=-1)
     trainer = make_trainer(1, max_epochs=-1)
-    trainer.fit(dam(clip), datamodule=memory_data())
+    with pytest.warns(AdamergeWarning, match="their turn after fix_after=2 steps, and max_steps=1"):
+        trainer.fit(dam(clip), datamodule=memory_data())
     trainer.save_checkpoint(tmp_path / "step.ckpt")
     resumed = dam(clip)
     make_trainer(3, max_epochs=-1).fit(resumed, datamodule=memory_data(), ckpt_path=tmp_path / "step.ckpt")

@@ -11,7 +11,7 @@ from builders import adapt, make_task, memory_data, noise
 from conftest import CLASSES, TASKS
 from torch import Tensor, nn
 
-from adamerge import CMAES, Entropy, InputError, Mixed, RandomSearch, Supervised
+from adamerge import CMAES, Balanced, Entropy, InputError, Mixed, RandomSearch, Supervised
 from adamerge.errors import EnvironmentProblem
 from adamerge.objectives import Objective
 
@@ -79,6 +79,20 @@ def test_it_resumes_bit_for_bit_without_pickled_objects(kind: type[CMAES], tmp_p
         optimizer.step(counted(values, []))
         resumed.step(counted(again, []))
     assert torch.equal(values, again)
+
+
+class Thrice(RandomSearch):
+    """Judges where it stands, three times, and stays."""
+
+    def step(self, closure=None):
+        self.losses = [float(self.evaluate(closure)) for _ in range(3)]
+
+
+def test_points_of_a_step_are_judged_from_the_same_memory(clip: Path) -> None:
+    task = make_task(clip, objective=Balanced(window=0.5), optimizer=Thrice)
+    adapt(task, memory_data(), 2)
+    [losses] = {tuple(optimizer.losses) for optimizer in task.trainer.optimizers}
+    assert len(set(losses)) == 1
 
 
 @pytest.mark.parametrize("kind", [CMAES, RandomSearch])
