@@ -11,7 +11,7 @@ import yaml
 import adamerge
 from adamerge.atomic import write_text
 from adamerge.errors import InputError, shortlist
-from adamerge.results import ResultRow, make_row, markdown, markdown_table
+from adamerge.results import ResultRow, agreements, make_row, markdown, markdown_table
 
 MANIFEST, INPUTS = "manifest.json", "inputs.json"
 SCHEMA_VERSION = 1  # of the files that a run writes
@@ -24,7 +24,10 @@ _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "config.save_every",
     "config.run_dir",
 )
-_STATIC = "The weights are one static model in the base's own layout; they load without adamerge.\n"
+_STATIC = (
+    "The weights are one static model in the base's own layout; they load without adamerge. Each task's head "
+    "is in `heads.safetensors`: a classifier's last layer among the weights is the base's own.\n"
+)
 _ROUTED = "Every input gets weights of its own: the shared model plus a mixture of the experts.\n"
 _FLOW = "Blocks of several models run in an order that was searched; `adamerge.json` has it.\n"
 _LOADING = """adamerge loads them, and runs no code of this folder:
@@ -166,6 +169,9 @@ def _measured(row: ResultRow) -> Iterator[tuple[str, str]]:
         rows = [row, *(make_row(name, accuracy) for name, accuracy in baselines.items())]
         told = [f"- {name}: {what}\n" for name, what in _BASELINES.items() if name in baselines]
         yield "Top-1 accuracy, %", "".join([markdown_table(rows), "\n" * bool(told), *told])
+    if found.get("agreement"):
+        told = agreements(row, found["agreement"])
+        yield "Agreement with the experts, without labels", "".join(f"- {line}\n" for line in told)
     if found.get("routing"):
         lines = [[task, *(f"{w:.2f}" for w in weights)] for task, weights in found["routing"].items()]
         yield "Mean routing weight of each expert", markdown([["images of", *found["experts"]], *lines])

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,19 @@ def print_table(rows: Sequence[ResultRow], title: str) -> None:
     if any(row.transductive for row in rows):
         console.print("* transductive: the test images were among the adaptation images")
     for row in rows:
-        for note in row.notes:
+        unmeasured = [task for task in row.details.get("agreement", {}) if task not in row.accuracy]
+        for note in [*row.notes, *agreements(row, unmeasured)]:
             console.print(f"{row.method}: {note}")
+
+
+def agreements(row: ResultRow, tasks: Iterable[str]) -> Iterator[str]:
+    """Tell how often the merged model names the same class as a task's expert: a measure without labels."""
+    for task in tasks:
+        share = row.details["agreement"][task]
+        yield (
+            f"{task}: agrees with its expert on {share['now']:.1f} % of held-out adaptation images "
+            f"({share['start']:.1f} % at the start)"
+        )
 
 
 def write_predictions(

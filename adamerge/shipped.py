@@ -24,11 +24,14 @@ def default_recipe() -> Path:
 def names_a_method(arguments: Sequence[str]) -> bool:
     """Tell whether a command line, or a file that it names, says how coefficients are learned.
 
+    Options of a part, such as ``--model.optimizer.init_args.lr``, name none: they are the recipe's.
+
     Args:
         arguments: Of `adamerge fit`; files that cannot be read say nothing here.
     """
     flags = [argument.partition("=")[0].removeprefix("--") for argument in arguments]
-    if any(flag.split(".")[:2] in ([*("model", part)] for part in _PARTS) for flag in flags):
+    named = {f"model.{part}{ending}" for part in _PARTS for ending in ("", ".class_path")}
+    if not named.isdisjoint(flags):
         return True
     return any(_names_parts(_read(file)) for file in config_files(arguments))
 

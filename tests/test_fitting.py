@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 import yaml
-from builders import coefficients_of, fit, method, write_benchmark
+from builders import coefficients_of, fit, fit_arguments, method, write_benchmark
 from conftest import TASKS, draw, nudge, rows_of, write_clip
 from safetensors.torch import save_file
 from torch import Tensor
@@ -260,15 +260,27 @@ def test_one_task_is_enough(tmp_path: Path, clip: Path, rows: dict) -> None:
     assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 10
 
 
-def test_without_test_images_there_is_no_accuracy_and_no_complaint(
-    tmp_path: Path, clip: Path, rows: dict
+def test_without_test_images_a_run_tells_how_far_it_agrees_with_the_experts(
+    tmp_path: Path,
+    clip: Path,
+    rows: dict,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("adamerge.callbacks.selector._FEWEST", 10)  # images of a task
     for row in rows.values():
         del row["test"]
-    assert fit(write_benchmark(tmp_path, clip, rows), tmp_path / "run") == 0
-    row = json.loads((tmp_path / "run" / "result.json").read_text())
+    benchmark, run = write_benchmark(tmp_path, clip, rows), tmp_path / "run"
+    assert fit(benchmark, run) == 0
+    row = json.loads((run / "result.json").read_text())
     assert row["accuracy"] == {}
     assert row["mean"] is None
+    share = row["details"]["agreement"]["dots"]
+    told = f"dots: agrees with its expert on {share['now']:.1f} % of held-out adaptation images"
+    assert told in capsys.readouterr().out
+    assert told in (run / "merged" / "README.md").read_text()
+    assert main(["test", *fit_arguments(benchmark, run)[1:], "--ckpt_path", "last"]) == 2
+    assert "no task has test images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("precision", "reason"), [("16-mixed", "needs a GPU"), ("bf16-true", "would round")])

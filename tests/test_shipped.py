@@ -18,7 +18,8 @@ from adamerge.shipped import configs, default_recipe, names_a_method
         (["--trainer.max_steps", "5"], False),
         (["--model.objective", "adamerge.Entropy"], True),
         (["--model.objective=adamerge.Entropy"], True),
-        (["--model.optimizer.init_args.lr", "0.1"], True),
+        (["--model.objective.class_path", "adamerge.Entropy"], True),
+        (["--model.optimizer.init_args.lr", "0.1"], False),
         (["--config", str(configs() / "benchmarks" / "embedded.yaml")], False),
         (["--config", str(method("adamerging_layer_wise"))], True),
         ([f"--config={method('twin_merging')}"], True),
@@ -38,7 +39,7 @@ def test_every_shipped_method_file_names_one() -> None:
 def test_a_run_without_a_method_uses_the_recipe(clip: Path, tmp_path: Path, pictures: Path) -> None:
     benchmark = write_benchmark(tmp_path / "b", clip, rows_of(pictures))
     run = ["fit", "--config", str(benchmark), "--run_dir", str(tmp_path / "run"), "--trainer.max_steps", "2"]
-    assert main(run) == 0
+    assert main([*run, "--model.optimizer.init_args.lr", "0.01"]) == 0
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     recipe = yaml.safe_load(default_recipe().read_text())
     assert settings["method"] == "default"
@@ -46,6 +47,7 @@ def test_a_run_without_a_method_uses_the_recipe(clip: Path, tmp_path: Path, pict
     assert settings["model"]["coefficients"]["init_args"]["per"] == "row"
     assert settings["model"]["decay"] == recipe["model"]["decay"]
     assert settings["trainer"]["max_steps"] == 2
+    assert settings["model"]["optimizer"]["init_args"]["lr"] == 0.01
     assert (tmp_path / "run" / "merged").is_dir()
     named = tmp_path / "named"
     assert main([*fit_arguments(benchmark, named), "--trainer.max_steps", "1"]) == 0

@@ -68,12 +68,22 @@ class Selector(pl.Callback):
         self.top_share, self.marginal, self.lost_agreement = top_share, marginal, lost_agreement
         self.verdict = ""
         self._start: dict[str, Signs] = {}
-        self._best: dict[str, Any] = {"score": -float("inf"), "step": 0, "values": {}}
+        self._best: dict[str, Any] = {"score": -float("inf"), "step": 0, "values": {}, "agreement": {}}
         self._looks_since_best, self._looked_at = 0, -1
         self._last: dict[str, Tensor] = {}  # the end, where a run went back to its best
         self._images: dict[str, Images] = {}
         self._expert: dict[str, Tensor] = {}
         self._expert_signs: dict[str, Signs] = {}
+
+    @property
+    def agreement(self) -> dict[str, dict[str, float]]:
+        """How often merged model and expert name the same class of held-out images, by task, in percent.
+
+        At the "start", and "now": in the best state, where that is the one that is kept.
+        """
+        found = self._best["agreement"] if self.keep == "best" else {}
+        starts = {task: self._start[task].agreement for task in found}
+        return {task: {"start": 100 * starts[task], "now": 100 * now} for task, now in found.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
         """Hear the experts once, and look before the first step."""
@@ -184,7 +194,8 @@ class Selector(pl.Callback):
         is_start = not self._best["values"]
         if is_start or (score > self._best["score"] and not self._collapse_in(signs)):
             values, step = _copy_of(module.learned), trainer.global_step
-            self._best = {"score": score, "step": step, "values": values}
+            agreement = {task: sign.agreement for task, sign in signs.items()}
+            self._best = {"score": score, "step": step, "values": values, "agreement": agreement}
             self._looks_since_best = 0
 
     def _roll_back(self, trainer: pl.Trainer, module: MergeTask, reason: str) -> None:

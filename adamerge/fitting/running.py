@@ -217,6 +217,11 @@ class RunCLI(LightningCLI):
         for name, value in sorted(self.trainer.callback_metrics.items()):
             console.print(f"{name}: {float(value):.4f}")
 
+    def before_test(self) -> None:
+        """Refuse to measure nothing."""
+        if not self.datamodule.tested_tasks:
+            raise InputError("no task has test images.", "Set data.tasks.TASK.test.")
+
     def after_test(self) -> None:
         """Print the row."""
         print_table([make_row(self.settings.method, self.model.accuracy)], str(self.folder))
@@ -245,7 +250,7 @@ class RunCLI(LightningCLI):
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
             notes=[*([selector.verdict] if selector.verdict else []), *self._beyond_one_model()],
-            details=self._start_details() | self._routing_details(evaluation),
+            details=self._start_details() | self._routing_details(evaluation) | self._agreement(),
             provenance=provenance.read_inputs(self.folder),
         )
 
@@ -257,6 +262,11 @@ class RunCLI(LightningCLI):
     def _start_details(self) -> dict[str, Any]:
         """Tell the accuracy under the initial coefficients, where it is wanted."""
         return {"start": self.model.evaluate_start()} if self.settings.evaluate_start else {}
+
+    def _agreement(self) -> dict[str, Any]:
+        """Tell how often merged model and expert name the same class, where the selector has looked."""
+        found = self.config_init[str(self.subcommand)].selector.agreement
+        return {"agreement": found} if found else {}
 
     def _routing_details(self, evaluation: Evaluation) -> dict[str, Any]:
         """Tell who was routed where, what the honest baselines reach, and what the mixture costs."""

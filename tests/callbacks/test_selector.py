@@ -183,6 +183,13 @@ def test_a_run_ends_with_its_best_coefficients_or_its_last(clip: Path) -> None:
     assert torch.equal(watched(clip, 7, Scripted(2, keep="last")), watched(clip, 7))
 
 
+def test_agreement_is_told_of_the_state_that_is_kept(clip: Path) -> None:
+    selector = Scripted(2)
+    watched(clip, 7, selector)
+    assert selector.agreement == {"dots": {"start": 50, "now": 90}}
+    assert Scripted(2, keep="last").agreement == Selector().agreement == {}
+
+
 def test_a_run_without_a_better_look_loses_patience_and_goes_back(clip: Path) -> None:
     with pytest.warns(AdamergeWarning, match="stopped at step 6 .*1 looks without a better teacher_kl"):
         assert torch.equal(watched(clip, 20, Scripted(2, patience=1)), watched(clip, 4))
