@@ -192,7 +192,7 @@ def _figure(width: float, height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EnvironmentProblem(
-            "pictures need matplotlib, which is not installed.", "pip install 'adamerge[plot]'"
+            "pictures need matplotlib, which is not installed.", "pip install matplotlib"
         ) from error
     return Figure(figsize=(width, height))
 

@@ -72,7 +72,7 @@ class SafeWandbLogger(WandbLogger):
             import wandb
         except ImportError as error:
             raise EnvironmentProblem(
-                "the W&B logger needs wandb, which is not installed.", "pip install 'adamerge[wandb]'"
+                "the W&B logger needs wandb, which is not installed.", "pip install wandb"
             ) from error
         self.failed = False
         offline = not can_go_online() if offline is None else offline

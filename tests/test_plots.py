@@ -81,7 +81,7 @@ def test_without_matplotlib_the_message_tells_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install 'adamerge\[plot\]'") as caught:
+    with pytest.raises(EnvironmentProblem, match=r"pip install matplotlib") as caught:
         save_picture(tmp_path / "heat.png", lambda: heat_map(["a"], ["b"], torch.ones(1, 1)))
     assert caught.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []

@@ -91,7 +91,7 @@ def test_without_wandb_the_message_says_how_to_get_it(monkeypatch: pytest.Monkey
     import sys
 
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install 'adamerge\[wandb\]'"):
+    with pytest.raises(EnvironmentProblem, match=r"pip install wandb"):
         SafeWandbLogger()
 
 

@@ -57,7 +57,7 @@ def make_corruption(text: str) -> Corrupt:
     except ImportError as error:
         raise EnvironmentProblem(
             f"corruption {name!r} needs imagecorruptions-imaug ({error}).",
-            "Install it: pip install adamerge[robust]",
+            "Install it: pip install imagecorruptions-imaug",
         ) from error
 
     def apply(image: Any, index: int) -> Any:

@@ -217,11 +217,6 @@ class RunCLI(LightningCLI):
         for name, value in sorted(self.trainer.callback_metrics.items()):
             console.print(f"{name}: {float(value):.4f}")
 
-    def before_test(self) -> None:
-        """Refuse to measure nothing."""
-        if not self.datamodule.tested_tasks:
-            raise InputError("no task has test images.", "Set data.tasks.TASK.test.")
-
     def after_test(self) -> None:
         """Print the row."""
         print_table([make_row(self.settings.method, self.model.accuracy)], str(self.folder))

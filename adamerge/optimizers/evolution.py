@@ -111,7 +111,7 @@ class CMAES(_Search):
     """Evolutionary merging in parameter space: CMA-ES over coefficients (arXiv:2403.13187).
 
     The published genome has a weight and a density per model and layer; this one has the weights. The
-    strategy is the library `cmaes` (`pip install adamerge[search]`); its covariance is n x n in fp64.
+    strategy is the library `cmaes` (`pip install cmaes`); its covariance is n x n in fp64.
 
     Raises:
         InputError: An option is out of its range.
@@ -166,7 +166,7 @@ def _library() -> Any:
     try:
         import cmaes
     except ImportError as error:
-        raise EnvironmentProblem("CMAES needs cmaes.", "pip install adamerge[search]") from error
+        raise EnvironmentProblem("CMAES needs cmaes.", "pip install cmaes") from error
     return cmaes
 
 

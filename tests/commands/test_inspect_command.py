@@ -100,7 +100,7 @@ def test_without_matplotlib_nothing_is_begun(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*arguments(clip), "--out", str(tmp_path / "out")]) == 5
     shown = capsys.readouterr()
-    assert "pip install 'adamerge[plot]'" in shown.err
+    assert "pip install matplotlib" in shown.err
     assert shown.out == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -118,5 +118,5 @@ def test_other_texts_are_refused(text: str, message: str) -> None:
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install adamerge\[robust\]"):
+    with pytest.raises(EnvironmentProblem, match=r"pip install imagecorruptions-imaug"):
         make_corruption("contrast")

