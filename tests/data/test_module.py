@@ -223,8 +223,14 @@ def test_a_task_without_adaptation_images_is_evaluated_only(make: Make) -> None:
 
 def test_adapting_needs_a_task_with_images(make: Make) -> None:
     data = make({task: {"adapt": None} for task in TASKS})
-    with pytest.raises(InputError, match="no task has adaptation images"):
-        data.train_dataloader()
+    for loaders in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(InputError, match="no task has adaptation images"):
+            loaders()
+
+
+def test_testing_needs_a_task_with_test_images(make: Make) -> None:
+    with pytest.raises(InputError, match=r"there is nothing to measure.\nSet data.tasks.TASK.test"):
+        make({task: {"test": None} for task in TASKS}).test_dataloader()
 
 
 class TestBackbones:
