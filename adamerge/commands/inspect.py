@@ -40,12 +40,12 @@ def inspect(
         rank: Measure the effective ranks of all matrices, which takes far longer than everything else.
         overwrite: Replace the folder if it exists.
     """
-    sources = {task: locate(path) for task, path in parse_experts(experts).items()}
+    sources = {t: locate(path, f"expert {t!r}") for t, path in parse_experts(experts).items()}
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
         require_matplotlib()
     report = inspection.inspect(
-        locate(base), sources, allow_missing=allow_missing or (), exclude=exclude or (), rank=rank
+        locate(base, "base"), sources, allow_missing=allow_missing or (), exclude=exclude or (), rank=rank
     )
     if out is not None:
         write(report, Path(out), overwrite=overwrite)
