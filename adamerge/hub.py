@@ -4,10 +4,11 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from urllib.parse import urlparse
 
-from adamerge.errors import EnvironmentProblem
+from adamerge.errors import EnvironmentProblem, shortlist
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|npz|h5|gguf|onnx|json|ya?ml|parquet)$")
@@ -16,6 +17,30 @@ _FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|pkl|npz|h5|gguf|onnx|json|ya
 def is_hub_id(text: str) -> bool:
     """Tell whether a text that is no local path has the form ``owner/name``."""
     return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not _FILE.search(text)
+
+
+def nowhere(text: str) -> tuple[str, str] | None:
+    """Say what lies beside a local path that does not exist, nearest names first.
+
+    Args:
+        text: What exists nowhere. It is a hub id only where there is no folder of its owner's name.
+
+    Returns:
+        The problem, and a hint that may be empty; None for a hub id.
+    """
+    path, is_id = Path(text), is_hub_id(text)
+    if is_id and not path.parent.is_dir():
+        return None
+    if text.startswith("~"):
+        return f"{text} does not exist: '~' is not expanded here.", "Write the home folder out."
+    above = next(parent for parent in path.parents if parent.is_dir())
+    wanted = path.relative_to(above).parts[0]
+    _, folders, files = next(os.walk(above), ("", [], []))
+    names = sorted(name for name in (*folders, *files) if not name.startswith("."))
+    names.sort(key=lambda name: -SequenceMatcher(None, name, wanted).ratio())
+    holds = shortlist(names, 8) or "nothing"
+    problem = f"{text} does not exist; {'this folder' if above == Path() else above} holds {holds}."
+    return problem, f"The hub is asked only where there is no folder {above}." if is_id else ""
 
 
 def snapshot(repo_id: str, role: str, patterns: Sequence[str], repo_type: str = "model") -> Path:

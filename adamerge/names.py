@@ -45,14 +45,14 @@ def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
             return f"The expert's names carry the prefix {prefix!r}: strip it."
         if any(prefix + name in missing for name in extra):
             return f"The expert's names lack the prefix {prefix!r}: add it."
-    return "If that is meant, pass allow_missing=[PATTERN, ...] (--allow-missing PATTERN)."
+    return f"If that is meant, {_passing('allow_missing')}"
 
 
 def extra_hint(extra: Iterable[str]) -> str:
     """Tell a quantised expert by its names, or say how to go on."""
     if any(_QUANTISED.fullmatch(name) for name in extra):
         return "It looks quantised: dequantise first."
-    return "If they may be left out, pass exclude=[PATTERN, ...] (--exclude PATTERN)."
+    return f"If they may be left out, {_passing('exclude')}"
 
 
 def shape_hint(differing: Mapping[str, tuple[Shape, Shape]]) -> str:
@@ -60,11 +60,9 @@ def shape_hint(differing: Mapping[str, tuple[Shape, Shape]]) -> str:
     for name, (theirs, ours) in differing.items():
         if _VOCABULARY.search(name) and theirs[1:] == ours[1:]:
             rows = [n for n, (a, b) in differing.items() if _resized(a, theirs[0], ours[0]) == b]
-            return (
-                f"Vocabularies of {theirs[0]} vs {ours[0]} tokens. To keep the base's, pass exclude={rows} "
-                f"({' '.join(f'--exclude {row}' for row in rows)})."
-            )
-    return "Another architecture? To keep the base's values, pass exclude=[PATTERN, ...] (--exclude PATTERN)."
+            told = f"Vocabularies of {theirs[0]} vs {ours[0]} tokens."
+            return f"{told} To keep the base's, {_passing('exclude', rows)}"
+    return f"Another architecture? To keep the base's values, {_passing('exclude')}"
 
 
 def looks_like(expert: Mapping[str, Shape], base: Mapping[str, Shape]) -> str:
@@ -73,6 +71,13 @@ def looks_like(expert: Mapping[str, Shape], base: Mapping[str, Shape]) -> str:
     different = [pair for pair in pairs if all(pair) and pair[0] != pair[1]]
     theirs, ours = (", ".join(side) for side in zip(*different, strict=True)) if different else ("", "")
     return f"Looks like {theirs} vs {ours}." if different else ""
+
+
+def _passing(option: str, patterns: Sequence[str] = ()) -> str:
+    """Say how an option is given in Python, and to the commands that have it."""
+    words = " ".join(f"--{option} {pattern}" for pattern in patterns or ["PATTERN"])
+    listed = [*patterns] or "[PATTERN, ...]"
+    return f"pass {option}={listed} (adamerge merge, inspect and compress: {words})."
 
 
 def _resized(shape: Shape, old: int, new: int) -> Shape:

@@ -89,6 +89,7 @@ class SafeWandbLogger(WandbLogger):
             settings=wandb.Settings(init_timeout=_SECONDS, console="off"),
             **more,
         )
+        self._wandb_init.pop("anonymous", None)  # Lightning's; wandb warns of it whatever its value
 
     log_metrics = _guarded(WandbLogger.log_metrics)
     log_hyperparams = _guarded(WandbLogger.log_hyperparams)

@@ -28,7 +28,8 @@ def test_only_floating_tensors_of_some_expert_merge_in_sorted_order() -> None:
         (lambda name: name.removeprefix("visual."), "lack the prefix 'visual.': add it"),
         (
             lambda name: name.replace("visual", "other"),
-            "If that is meant, pass allow_missing=[PATTERN, ...] (--allow-missing PATTERN)",
+            "If that is meant, pass allow_missing=[PATTERN, ...] "
+            "(adamerge merge, inspect and compress: --allow_missing PATTERN).",
         ),
     ],
 )
@@ -85,8 +86,8 @@ def test_another_depth_is_recognised() -> None:
 def test_another_shape_of_no_known_model_may_be_excluded() -> None:
     message = refused({"w": torch.zeros(2), "v": torch.zeros(2)}, {"w": torch.zeros(3), "v": torch.zeros(2)})
     assert (
-        "Another architecture? To keep the base's values, pass exclude=[PATTERN, ...] (--exclude PATTERN)."
-        in (message)
+        "Another architecture? To keep the base's values, pass exclude=[PATTERN, ...] "
+        "(adamerge merge, inspect and compress: --exclude PATTERN)." in message
     )
 
 
@@ -104,8 +105,8 @@ def test_other_vocabularies_are_told_and_can_be_excluded() -> None:
     names = ["lm_head.bias", "lm_head.weight", "model.embed_tokens.weight"]
     message = refused(language_model(9), language_model(7))
     assert (
-        f"Vocabularies of 7 vs 9 tokens. To keep the base's, pass exclude={names} (--exclude lm_head.bias"
-        in (message)
+        f"Vocabularies of 7 vs 9 tokens. To keep the base's, pass exclude={names} "
+        "(adamerge merge, inspect and compress: --exclude lm_head.bias --exclude lm_head.weight" in message
     )
     for exclude in (names, ["lm_head*", "*embed*"]):
         assert audit(language_model(9), {"cars": language_model(7)}, exclude=exclude) == (

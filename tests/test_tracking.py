@@ -99,6 +99,7 @@ def test_an_offline_run_holds_losses_heat_map_and_table(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = SafeWandbLogger(str(tmp_path), name="run")
+    assert "anonymous" not in logger._wandb_init  # of which wandb would warn
     adapt(
         make_task(clip), memory_data(), 2, CoefficientReport(tmp_path, 1), logger=logger, log_every_n_steps=1
     )

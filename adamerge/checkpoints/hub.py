@@ -8,7 +8,7 @@ from adamerge.checkpoints.open_clip_source import PREFIX as OPEN_CLIP
 from adamerge.checkpoints.open_clip_source import open_clip_folder
 from adamerge.data.tasks import EMBEDDED
 from adamerge.errors import InputError, nearest
-from adamerge.hub import is_hub_id, snapshot
+from adamerge.hub import nowhere, snapshot
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
@@ -17,23 +17,35 @@ def local_path(source: str | Path, role: str) -> Path:
     """Give a path as it is, or the local copy of a hub repository where no such path exists.
 
     Raises:
+        InputError: There is no such path, and it is no hub id.
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     path = Path(source)
-    return fetch(str(source), role) if not path.exists() and is_hub_id(str(source)) else path
+    if path.exists():
+        return path
+    mistyped = nowhere(str(source))
+    if mistyped is None:
+        return fetch(str(source), role)
+    problem, hint = mistyped
+    raise InputError(f"{role}: {problem}", hint or "Give a safetensors file, a model folder or a hub id.")
 
 
-def locate(path: str) -> Path:
+def locate(path: str, role: str = "model") -> Path:
     """Give the local path that a user names: a path, a hub id, ``open_clip:...`` or ``embedded:NAME``.
 
+    Args:
+        path: What the user wrote.
+        role: Who this is ("base", "expert 'cars'"), for messages.
+
     Raises:
-        InputError: No such embedded model, or none of open_clip's (see `open_clip_folder`).
+        InputError: There is no such path, no such embedded model, or none of open_clip's (see
+            `open_clip_folder`).
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     if path.startswith(OPEN_CLIP):
         return open_clip_folder(path)
     if not path.startswith(EMBEDDED):
-        return local_path(path, path)
+        return local_path(path, role)
     shipped = {"base": zoo.base()} | zoo.experts()
     name = path.removeprefix(EMBEDDED)
     if name not in shipped:
@@ -52,4 +64,4 @@ def fetch(repo_id: str, role: str) -> Path:
     folder = snapshot(repo_id, role, _WANTED)
     if any(folder.rglob("*.safetensors")):
         return folder
-    return with_safetensors(snapshot(repo_id, role, [*_WANTED, *PICKLED]), role)
+    return with_safetensors(snapshot(repo_id, role, [*_WANTED, *PICKLED]), repo_id)

@@ -133,8 +133,6 @@ def open_checkpoint(path: str | Path, *, role: str = "checkpoint") -> Checkpoint
 
 
 def _file_of(root: Path) -> Path:
-    if not root.exists():
-        raise InputError(f"{root} does not exist.", "Give a safetensors file, a model folder or a hub id.")
     if root.is_file():
         return root
     for name in SINGLE_FILES:

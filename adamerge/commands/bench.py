@@ -120,14 +120,21 @@ def _write(table: Benchmark, rows: list[ResultRow], name: str, definition: Defin
 
 
 def benchmark_file(benchmark: str) -> Path:
-    """Find a benchmark's YAML file: a path, or the name of a shipped one."""
+    """Find a benchmark's YAML file: a path, or the name of a shipped one.
+
+    Raises:
+        InputError: There is no such file, or no such name.
+    """
     file = Path(benchmark)
     if file.is_file():
         return file
     shipped = {path.stem: path for path in (configs() / "benchmarks").glob("*.yaml")}
-    if benchmark not in shipped:
-        raise InputError(f"there is no benchmark {benchmark!r}.", nearest(benchmark, [*shipped, *defined()]))
-    return shipped[benchmark]
+    if benchmark in shipped:
+        return shipped[benchmark]
+    known = [*shipped, *defined()]
+    if file.suffix in (".yaml", ".yml") or "/" in benchmark:
+        raise InputError(f"the file {benchmark} does not exist.", f"Or name one of: {', '.join(known)}.")
+    raise InputError(f"there is no benchmark {benchmark!r}.", nearest(benchmark, known))
 
 
 def _stated(

@@ -94,7 +94,7 @@ def decompress(
         overwrite: Replace the output if it exists.
     """
     refuse_existing(Path(out), overwrite=overwrite)
-    layout = locate(base)
+    layout = locate(base, "base")
     state = open_compressed(file, open_checkpoint(layout, role="base"), force=force)
     sizes = [math.prod(state.info(name).shape) for name in state]
     asked = None if dtype is None else getattr(torch, dtype)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from adamerge.atomic import refuse_existing, write_text
-from adamerge.benchmarks import configs, define, defined, read_benchmark
+from adamerge.benchmarks import define, defined, read_benchmark
+from adamerge.commands.bench import benchmark_file
 from adamerge.data.checking import Report, check_source
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.errors import InputError, nearest
@@ -79,12 +80,7 @@ def _tasks(
         definition = define(benchmark, mirror=mirror)
         rows = {name: TaskSpec(**row) for name, row in definition.document["data"]["tasks"].items()}
         return rows, {name: {"n_test": count} for name, count in definition.premises.images.items()}
-    shipped = {path.stem: path for path in (configs() / "benchmarks").glob("*.yaml")}
-    file = shipped.get(str(benchmark), Path(str(benchmark)))
-    if not file.is_file():
-        known = [*shipped, *defined()]
-        raise InputError(f"there is no benchmark {benchmark!r}.", nearest(str(benchmark), known))
-    return resolve(read_benchmark(file, "data")[0]["tasks"]), {}
+    return resolve(read_benchmark(benchmark_file(str(benchmark)), "data")[0]["tasks"]), {}
 
 
 def _parts(tasks: Mapping[str, TaskSpec]) -> Iterator[tuple[str, str]]:

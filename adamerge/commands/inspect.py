@@ -6,7 +6,10 @@ from pathlib import Path
 from adamerge import inspection
 from adamerge.atomic import refuse_existing
 from adamerge.checkpoints import locate
+from adamerge.checkpoints.open_clip_source import PREFIX as OPEN_CLIP
 from adamerge.commands.sources import parse_experts
+from adamerge.data.tasks import EMBEDDED
+from adamerge.errors import InputError
 from adamerge.inspection.output import write
 from adamerge.inspection.tables import show
 from adamerge.plots import require_matplotlib
@@ -40,12 +43,12 @@ def inspect(
         rank: Measure the effective ranks of all matrices, which takes far longer than everything else.
         overwrite: Replace the folder if it exists.
     """
-    sources = {task: locate(path) for task, path in parse_experts(experts).items()}
+    sources = {task: _located(path, task) for task, path in parse_experts(experts).items()}
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
         require_matplotlib()
     report = inspection.inspect(
-        locate(base), sources, allow_missing=allow_missing or (), exclude=exclude or (), rank=rank
+        locate(base, "base"), sources, allow_missing=allow_missing or (), exclude=exclude or (), rank=rank
     )
     if out is not None:
         write(report, Path(out), overwrite=overwrite)
@@ -55,3 +58,13 @@ def inspect(
     else:
         show(report)
     return 2 if report.problems else 0
+
+
+def _located(path: str, task: str) -> Path:
+    """Find an expert; one whose path does not exist is told in the report, beside all else that is wrong."""
+    try:
+        return locate(path, f"expert {task!r}")
+    except InputError:
+        if path.startswith((EMBEDDED, OPEN_CLIP)):
+            raise
+        return Path(path)

@@ -53,7 +53,9 @@ class Sources:
             EnvironmentProblem: A hub id was given and the hub cannot be reached.
         """
         given = {"base": base, **parse_experts(experts)}
-        paths = {role: locate(path) for role, path in given.items()}
+        paths = {
+            role: locate(path, role if role == "base" else f"expert {role!r}") for role, path in given.items()
+        }
         found = cls(given, paths)
         require_same_function(found.base, found.experts)
         return found

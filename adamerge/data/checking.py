@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adamerge.data.decoded import digests_of
 from adamerge.data.decoding import content, decode
+from adamerge.data.labels import difference_of_order
 from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import find_source
 from adamerge.data.tasks import EMBEDDED, TaskSpec, embedded_source
@@ -137,6 +138,9 @@ def _faults(report: Report, classes: Sequence[str]) -> Iterator[str]:
         yield f"{count} cannot be decoded: {shortlist(report.undecodable, 3)}"
     if classes and max(len(report.classes), len(report.per_class)) != len(classes):
         yield f"{max(len(report.classes), len(report.per_class))} classes, the task has {len(classes)} names"
+    moved = difference_of_order(classes, report.classes)
+    if moved:
+        yield moved
     if sum(report.per_class) not in (0, report.images):
         yield f"{report.images - sum(report.per_class)} {report.kind} have a negative label"
 

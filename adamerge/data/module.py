@@ -172,11 +172,23 @@ class MultiTaskData(pl.LightningDataModule):
         return CombinedLoader({t: self._stream(t) for t in self.tasks_here()}, "min_size")
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Walk each task's held-out adaptation images (no labels)."""
+        """Walk each task's held-out adaptation images (no labels).
+
+        Raises:
+            InputError: There are none.
+        """
+        self._require_adaptation()
         return [self.loader(self.held_out(task)) for task in self.adapting_tasks]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Walk each task's labelled test images."""
+        """Walk each task's labelled test images.
+
+        Raises:
+            InputError: There are none.
+        """
+        if not self.tested_tasks:
+            problem = "no task has test images: there is nothing to measure."
+            raise InputError(problem, "Set data.tasks.TASK.test.")
         return [self.loader(self.test(task)) for task in self.tested_tasks]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
@@ -190,9 +202,7 @@ class MultiTaskData(pl.LightningDataModule):
         """Give the tasks whose training batches this process computes."""
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        tasks = self.adapting_tasks
-        if not tasks:
-            raise InputError("no task has adaptation images.", "Set data.tasks.TASK.adapt.")
+        tasks = self._require_adaptation()
         if world > len(tasks):
             raise InputError(
                 f"{world} processes for {len(tasks)} tasks: some would have nothing to do.",
@@ -207,6 +217,11 @@ class MultiTaskData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Begin where the checkpoint was written."""
         self.first_step = int(state_dict["step"])
+
+    def _require_adaptation(self) -> tuple[str, ...]:
+        if not self.adapting_tasks:
+            raise InputError("no task has adaptation images.", "Set data.tasks.TASK.adapt.")
+        return self.adapting_tasks
 
     def _stream(self, task: str) -> DataLoader[Any]:
         images, batch_size = self.adaptation(task), self.batch_size_of(task)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adamerge.errors import DataError, nearest, shortlist
-from adamerge.hub import is_hub_id, snapshot
+from adamerge.hub import nowhere, snapshot
 
 Layout = Literal["datasets", "parquet", "tar", "folder"]
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -56,9 +56,10 @@ def find_source(given: str, role: str) -> Source:
         if Path(name).exists():
             return _Finder(given, role, name).find(Path(name), config, split)
     name, config, split = readings[-1]
-    if not is_hub_id(name):
-        hint = "Give a folder of images or a parquet file."
-        raise DataError(f"{role}: {given} does not exist.", hint)
+    mistyped = nowhere(name)
+    if mistyped:
+        problem, hint = mistyped
+        raise DataError(f"{role}: {problem}", hint or "Give a folder of images or a parquet file.")
     root = snapshot(name, role, _patterns(config, split), "dataset")
     return _Finder(given, role, name).find(root, config, split)
 

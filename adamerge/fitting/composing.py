@@ -130,7 +130,7 @@ def shared_model(vectors: TaskVectors, source: str, options: Mapping[str, Any] |
         raise InputError(
             f"shared={source!r} is neither a static method nor a file.", nearest(source, METHODS)
         )
-    return open_checkpoint(locate(source), role="shared model")
+    return open_checkpoint(locate(source, "shared model"), role="shared model")
 
 
 def shared_file(source: str | None) -> dict[str, str]:
@@ -145,8 +145,8 @@ def open_vectors(
 
     Only what the backbone reads is merged; experts may lack the rest, such as the text tower.
     """
-    base_path = locate(base)
-    paths = {task: locate(path) for task, path in experts.items()}
+    base_path = locate(base, "base")
+    paths = {task: locate(path, f"expert {task!r}") for task, path in experts.items()}
     backbone = open_backbone(base_path)
     require_same_function(base_path, paths)
     state, read = open_checkpoint(base_path, role="base"), set(backbone.names)
@@ -165,10 +165,11 @@ def open_vectors(
 
 def weight_digests(base: str, experts: Mapping[str, str], *, fresh: bool = False) -> dict[str, str]:
     """Hash the files of a base and its experts (SHA-256), as `TaskVectors.open` does."""
-    return {role: _digest_of(locate(path), role, fresh) for role, path in {"base": base, **experts}.items()}
+    return {role: _digest_of(path, role, fresh) for role, path in {"base": base, **experts}.items()}
 
 
-def _digest_of(path: Path, role: str, fresh: bool) -> str:
+def _digest_of(source: str, role: str, fresh: bool) -> str:
+    path = locate(source, role)
     return (
         adapter_digest(path)
         if is_adapter(path)

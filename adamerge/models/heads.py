@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamerge.checkpoints import open_checkpoint
-from adamerge.errors import InputError
+from adamerge.errors import InputError, shortlist
 
 _PROMPTS = 512  # encoded at once: 397 classes with 80 templates each do not fit into memory
 
@@ -102,7 +102,7 @@ class Head:
         state = open_checkpoint(path, role="head")
         if "weight" not in state or state["weight"].dim() != 2:
             raise InputError(
-                f"head {path} has no matrix 'weight'; it holds {', '.join(state)}.",
+                f"head {path} has no matrix 'weight'; it holds {shortlist(state)}.",
                 "Save {'weight': [class, dim]} and, optionally, {'bias': [class]}.",
             )
         weight, bias = state["weight"].float(), state["bias"].float() if "bias" in state else None

@@ -76,7 +76,7 @@ def open_backbone(source: str | Path, names: Collection[str] | None = None) -> M
         InputError: No known format, or weights that lack what the configuration asks for.
         EnvironmentProblem: The hub cannot be reached.
     """
-    path = locate(str(source))
+    path = locate(str(source), "base")
     found = format_of(path)
     names = open_checkpoint(path, role="base") if names is None else names
     backbone = found.backbone(path, names)
@@ -103,7 +103,7 @@ def open_heads(
     Raises:
         InputError: There is nothing to make a task's head of.
     """
-    tasks, path = resolve(tasks), locate(str(base))
+    tasks, path = resolve(tasks), locate(str(base), "base")
     row = _recognised(path)
     normalize = row is None or row.normalize
     heads = {
@@ -111,7 +111,7 @@ def open_heads(
     }
     rest = {task: spec for task, spec in tasks.items() if task not in heads}
     if rest:
-        paths = {task: locate(str(expert)) for task, expert in (experts or {}).items()}
+        paths = {t: locate(str(expert), f"expert {t!r}") for t, expert in (experts or {}).items()}
         heads |= format_of(path).heads(path, rest, paths)
     return {task: replace(heads[task], role=f"the head of task {task!r}") for task in tasks}
 

@@ -391,7 +391,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "asks for lora_A.weight, lora_B.weight, lora_magnitude_vector",
     ),
     "cut off": (cut, "cut off"),
-    "no folder": (shutil.rmtree, "it holds: nothing"),
+    "no folder": (shutil.rmtree, "adapter does not exist; .* holds nothing"),
 }
 
 

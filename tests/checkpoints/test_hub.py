@@ -91,6 +91,53 @@ def test_a_path_that_looks_like_no_hub_id_never_asks_the_network(monkeypatch: py
         open_checkpoint("runs/missing.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("models/carz", "models holds cars, birds"),
+        ("models/a/b", "models holds "),
+        ("./carz", "this folder holds models"),
+        ("carz", "this folder holds models"),
+        ("/carz", "/ holds "),
+        ("nobody/here/carz", "this folder holds models"),
+        ("~/carz", "'~' is not expanded here"),
+    ],
+)
+def test_of_a_path_that_does_not_exist_its_neighbours_are_told(
+    text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("birds", "cars", ".hidden"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_hub, "fetch", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(InputError) as caught:
+        model_hub.locate(text, "expert 'birds'")
+    assert str(caught.value).startswith(f"expert 'birds': {text} does not exist")
+    assert told in str(caught.value)
+
+
+def test_of_many_neighbours_the_nearest_eight_are_told(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"cars{i}").touch()
+    problem, hint = hub.nowhere(str(tmp_path / "cars12")) or ("", "")
+    assert "holds cars1, cars2, " in problem
+    assert problem.endswith(" and 4 more.")
+    assert hint == ""
+
+
+def test_where_a_folder_has_an_owners_name_the_hub_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub.nowhere("openai/clip") is None
+    (tmp_path / "openai").mkdir()
+    told = (
+        "openai/clip does not exist; openai holds nothing.",
+        "The hub is asked only where there is no folder openai.",
+    )
+    assert hub.nowhere("openai/clip") == told
+
+
 def test_a_repository_without_safetensors_is_converted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,9 @@ def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
-    assert "does not exist.\nGive a safetensors file" in refused(tmp_path / "nowhere")
+    (tmp_path / "model").mkdir()
+    told = f"{tmp_path / 'modle'} does not exist; {tmp_path} holds model.\nGive a safetensors file"
+    assert told in refused(tmp_path / "modle")
 
 
 def test_a_folder_without_weights_lists_what_it_holds(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_a_clip_benchmark_knows_its_counts(
     [
         ([], "either --benchmark or --sources is needed"),
         (["--benchmark", "embeded"], "there is no benchmark 'embeded'.\nDid you mean 'embedded'"),
+        (["--benchmark", "mine.yaml"], "the file mine.yaml does not exist.\nOr name one of: embedded, "),
+        (["--benchmark", "my/tasks"], "the file my/tasks does not exist"),
         (["--sources", "images"], "a name is missing"),
         (["--sources", "a=b", "--manifest", "nowhere.yaml"], "--manifest nowhere.yaml cannot be read"),
     ],

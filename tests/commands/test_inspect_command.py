@@ -63,7 +63,10 @@ def test_problems_exit_with_2_and_are_all_reported(
     )
     assert "other.safetensors) lacks 31 of 50 tensors" in shown
     assert "visual.proj [3, 3] vs base [16, 12]" in shown
-    assert "expert 'lost'" in shown
+    assert f"expert 'lost': {tmp_path / 'no'} does not exist; {tmp_path} holds " in shown
+    for unknown in ("embedded:nobody", "open_clip:nothing"):
+        assert main(arguments(clip, x=unknown)) == 2
+        assert unknown.partition(":")[2] in capsys.readouterr().err
 
 
 def test_a_folder_gets_the_report_and_pictures(

@@ -85,6 +85,11 @@ def test_faults_need_no_expectation(folder: Path, tmp_path: Path) -> None:
     assert check(tmp_path / "x.parquet").problems == ("1 images have a negative label",)
 
 
+def test_classes_in_another_order_than_the_folders_are_a_problem(folder: Path) -> None:
+    (problem,) = check(folder, classes=["steep", "flat", "upright"]).problems
+    assert problem.startswith("classes are [steep, flat, upright], the images have, in order, [0_flat, ")
+
+
 def test_what_cannot_be_decoded_is_not_read_again(folder: Path, tmp_path: Path) -> None:
     (folder / "0_flat" / "9.png").symlink_to(tmp_path / "nowhere")
     report = check(folder)

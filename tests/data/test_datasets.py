@@ -150,7 +150,10 @@ class TestSources:
 
 class TestRefusals:
     def test_a_missing_source(self, tmp_path: Path) -> None:
-        assert "does not exist" in refused(tmp_path / "nowhere")
+        (tmp_path / "cars").mkdir()
+        told = f"{tmp_path / 'carz'} does not exist; {tmp_path} holds cars.\nGive a folder of images"
+        for split in ("", "@test"):
+            assert told in refused(f"{tmp_path / 'carz'}{split}")
 
     @pytest.mark.parametrize("labelled", [True, False])
     def test_an_empty_folder(self, tmp_path: Path, labelled: bool) -> None:

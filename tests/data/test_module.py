@@ -223,8 +223,14 @@ def test_a_task_without_adaptation_images_is_evaluated_only(make: Make) -> None:
 
 def test_adapting_needs_a_task_with_images(make: Make) -> None:
     data = make({task: {"adapt": None} for task in TASKS})
-    with pytest.raises(InputError, match="no task has adaptation images"):
-        data.train_dataloader()
+    for loaders in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(InputError, match="no task has adaptation images"):
+            loaders()
+
+
+def test_testing_needs_a_task_with_test_images(make: Make) -> None:
+    with pytest.raises(InputError, match=r"there is nothing to measure.\nSet data.tasks.TASK.test"):
+        make({task: {"test": None} for task in TASKS}).test_dataloader()
 
 
 class TestBackbones:
@@ -310,9 +316,20 @@ class TestClasses:
         assert str(caught.value) == (
             "task 'bars' has 2 class names, its test images have 3; "
             "first difference at index 1: '2_upright' vs '1_steep'.\n"
-            "List the class names in label order."
+            "List the classes in the order of the labels."
         )
         assert caught.value.exit_code == 3
+
+    def test_classes_in_another_order_than_the_class_folders_are_refused(self, make: Make) -> None:
+        data = make({"bars": {"classes": ["flat", "upright", "steep"]}})
+        for labelled in (data.test, data.adaptation_labels):
+            with pytest.raises(DataError) as caught:
+                labelled("bars")
+            assert str(caught.value) == (
+                "task 'bars': from index 1 on classes are [upright, steep], "
+                "the images have, in order, [1_steep, 2_upright].\n"
+                "List the classes in the order of the labels."
+            )
 
     @pytest.mark.parametrize("label", [-1, 2, 255])
     def test_labels_outside_the_classes_are_refused(self, make: Make, label: int) -> None:

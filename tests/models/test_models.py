@@ -136,7 +136,7 @@ class TestZeroShotHeads:
     def test_a_head_file_stands_in_for_prompts(self, base: Path, tmp_path: Path) -> None:
         save_file({"weight": torch.ones(2, 12)}, tmp_path / "head.safetensors")
         from_file = TaskSpec("x", head=str(tmp_path / "head.safetensors"))
-        alone = zero_shot_heads(tmp_path / "no model is needed", {"a": from_file})
+        alone = zero_shot_heads(tmp_path, {"a": from_file})
         both = zero_shot_heads(base, {"a": from_file, "b": TaskSpec("x", None, ["dog"], TEMPLATES)})
         assert torch.equal(alone["a"].weight, torch.ones(2, 12))
         assert {t: h.weight.shape[0] for t, h in both.items()} == {"a": 2, "b": 1}

@@ -204,7 +204,7 @@ class TestSameFunction:
 
 def test_head_files_need_no_text_tower(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2, 12)}, tmp_path / "head.safetensors")
-    heads = open_heads(tmp_path / "no model", {"a": TaskSpec("x", head=str(tmp_path / "head.safetensors"))})
+    heads = open_heads(tmp_path, {"a": TaskSpec("x", head=str(tmp_path / "head.safetensors"))})
     assert torch.equal(heads["a"].weight, torch.ones(2, 12))
 
 
