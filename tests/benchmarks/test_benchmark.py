@@ -189,10 +189,10 @@ def test_two_files_of_one_name_are_refused(tiny: Benchmark, tmp_path: Path) -> N
         tiny.run(["adamerging_layer_wise", str(own)])
 
 
-def test_embedded_models_are_found_by_name() -> None:
+def test_embedded_models_are_found_by_name(tmp_path: Path) -> None:
     assert (locate("embedded:base") / "open_clip_config.json").exists()
     assert locate("embedded:mnist").exists()
-    assert locate("./some/where") == Path("some/where")
+    assert locate(str(tmp_path)) == tmp_path
     with pytest.raises(InputError, match=r"'mnits' is unknown.\nDid you mean 'mnist'?"):
         locate("embedded:mnits")
 

