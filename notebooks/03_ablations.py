@@ -232,13 +232,13 @@ starts, objectives = (list(dict.fromkeys(name.split("-")[part] for name in grid)
 figure, axes = plt.subplots(1, len(spaces), figsize=(13, 3.2), sharey=True)
 for axis, space in zip(axes, spaces, strict=True):
     values = [[grid[f"{start}-{name}"][space] for name in objectives] for start in starts]
-    axis.imshow(values, vmin=75, vmax=88, aspect="auto")
+    axis.imshow(values, vmin=75, vmax=88, aspect="auto", cmap="Blues")
     axis.set_xticks(range(len(objectives)), objectives, rotation=60)
     axis.set_yticks(range(len(starts)), [start.removeprefix("start_") for start in starts])
     axis.set_title(space)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
-            axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white")
+            axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7)
 
 # %% [markdown]
 # ## What came out

@@ -204,12 +204,13 @@ def heat_map(found: Sequence[Found]) -> "Figure":
     values = [[cell_of(found, method, case).mean or float("nan") for case in cases] for method in methods]
     figure = Figure(figsize=(2.5 + 0.7 * len(cases), 1 + 0.25 * len(methods)))
     axes = figure.add_subplot()
-    axes.imshow(values, aspect="auto", cmap="viridis")
+    share_of = axes.imshow(values, aspect="auto", cmap="viridis").norm
     axes.set_xticks(range(len(cases)), cases)
     axes.set_yticks(range(len(methods)), methods, fontsize=8)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
-            axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white")
+            colour = "black" if share_of(value) > 0.6 else "white"
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_title("mean accuracy, %", fontsize=9)
     return figure
 
