@@ -131,6 +131,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     assert (whole / "curves.csv").read_text() == (run / "curves.csv").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:ReliableEntropy found no image")  # of two of the tasks
 @pytest.mark.no_cover
 @pytest.mark.parametrize("method", ["reliable_layer_wise", "default"])
 def test_two_processes_learn_what_one_does(method: str, benchmark: Path, tmp_path: Path) -> None:

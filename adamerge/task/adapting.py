@@ -147,8 +147,8 @@ class MergeTask(Stepping):
         batch = self.known.added_to(batch)
         surrogate, gradient = self._adapted_step(self._step, batch, scale)
         self.losses = self._gathered(self.losses)
-        before = self.data.adapting_tasks if self._without_loss is None else self._without_loss
-        self._without_loss = set(before) - self.losses.keys()
+        silent = batch.keys() if self._without_loss is None else self._without_loss
+        self._without_loss = silent - self.losses.keys()
         if self._reads == "loss":
             require_comparable(self.objective, self.losses, self.data.adapting_tasks)
         with self._keeping_the_last_good():  # a loss scaler skips a step of infinite gradient itself

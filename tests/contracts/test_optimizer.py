@@ -23,6 +23,7 @@ from adamerge import (
     SharpnessAware,
 )
 from adamerge.coefficients import Coefficients
+from adamerge.errors import AdamergeWarning
 from adamerge.objectives import Objective
 from adamerge.optimizers import CoefficientOptimizer
 
@@ -66,7 +67,8 @@ class OptimizerContract:
             with pytest.raises(InputError, match="cannot be compared"):
                 adapt(task, memory_data(), 1)
             return
-        learned = adapt(task, memory_data(), 2)
+        with pytest.warns(AdamergeWarning, match="Indifferent found no image worth a step"):
+            learned = adapt(task, memory_data(), 2)
         assert torch.equal(learned, torch.full_like(learned, 0.3))
 
     def test_a_router_is_refused_where_only_a_matrix_will_do(self, clip: Path) -> None:

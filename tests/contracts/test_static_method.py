@@ -1,6 +1,5 @@
 """What every registered static method and edit keeps: the invariants G1 to G6 of the specification."""
 
-from collections.abc import Container
 from types import SimpleNamespace
 from typing import cast
 
@@ -85,8 +84,10 @@ class FakeBlocks:
     def calls(self, unit: SimpleNamespace, task: str, merged: State, shots: int) -> list[Tensor]:
         return [torch.randn(4, 5, generator=torch.Generator().manual_seed(EXPERTS.index(task)))]
 
-    def rest(self, unit: SimpleNamespace, known: Container[str]) -> dict[str, Tensor]:
-        return {}
+    def expert(self, unit: SimpleNamespace, task: str) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(EXPERTS.index(task))
+        state = {name: base_state()[name].float() for name in self.order}
+        return {name: x + 0.1 * torch.randn(x.shape, generator=generator) for name, x in state.items()}
 
     def run(self, unit: SimpleNamespace, weights: State, call: Tensor) -> list[Tensor]:
         return [call @ weights["weight"].T + weights["bias"]]
