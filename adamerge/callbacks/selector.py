@@ -134,7 +134,8 @@ class Selector(pl.Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take them back."""
         self._start = {task: Signs(*sign) for task, sign in state_dict["start"].items()}
-        self._best, self._last = dict(state_dict["best"]), dict(state_dict["last"])
+        self._best |= state_dict["best"]  # `agreement` is younger than some checkpoints
+        self._last = dict(state_dict["last"])
         self._looks_since_best, self._looked_at = state_dict["looks_since_best"], state_dict["looked_at"]
         self.verdict = state_dict["verdict"]
 

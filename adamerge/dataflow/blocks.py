@@ -40,14 +40,14 @@ def find_blocks(backbone: ModuleBackbone, weights: State, inputs: Tensor) -> str
         if isinstance(part, (nn.ModuleList, nn.Sequential))
     }
     with _watching({id(m): m for m in chain.from_iterable(lists.values()) if m}.values()) as seen:
-        backbone.features(weights, inputs)
+        own = backbone.features(weights, inputs)
     found = [name for name, blocks in lists.items() if _is_chain(blocks, seen)]
     classes = Counter(type(part) for part in backbone.module.modules())
     whole = [name for name in found if classes[type(lists[name][0])] == len(lists[name])]
     found = whole or found  # a part of a stage has its like elsewhere
     found = [name for name in found if not any(f"{name}.".startswith(f"{o}.") for o in found if o != name)]
     if len(whole) == len(found) == 1:
-        _require_longer_paths(backbone, found[0], weights, inputs)
+        _require_longer_paths(backbone, found[0], weights, inputs, own)
         return found[0]
     family = f"{type(backbone.module).__name__} has"
     if len(found) > 1:
@@ -60,13 +60,14 @@ def find_blocks(backbone: ModuleBackbone, weights: State, inputs: Tensor) -> str
     )
 
 
-def _require_longer_paths(backbone: ModuleBackbone, name: str, weights: State, inputs: Tensor) -> None:
-    """Refuse a network that takes its number of blocks from its configuration, and cuts longer paths."""
+def _require_longer_paths(
+    backbone: ModuleBackbone, name: str, weights: State, inputs: Tensor, own: Tensor
+) -> None:
+    """Refuse a network that cuts longer paths, and gives ``own``, its features, under them as well."""
     count = len(backbone.module.get_submodule(name)._modules)
     steps = [Step(0, block) for block in range(count)]
     longer = FlowBackbone(backbone, Flow(name, (*steps, steps[-1])))
-    found = longer.features(flow_weights(backbone, name, [weights]), inputs)
-    if torch.equal(found, backbone.features(weights, inputs)):
+    if torch.equal(longer.features(flow_weights(backbone, name, [weights]), inputs), own):
         raise InputError(
             f"{type(backbone.module).__name__} runs {count} blocks, however many its {name} has.",
             "Data-flow search needs a network that runs the list as it is: most encoders do.",
