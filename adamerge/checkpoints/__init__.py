@@ -1,6 +1,7 @@
 """Any published checkpoint to a lazy State, and a State back to the same layout."""
 
 from adamerge.checkpoints.adapter import Adapter, adapter_digest, is_adapter, open_adapter
+from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
@@ -12,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "SpanReader",
     "adapter_digest",
+    "class_names",
     "copy_companions",
     "is_adapter",
     "local_path",

@@ -65,12 +65,12 @@ def _compare(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterato
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return _read(folder / "config.json")
+    return read_settings(folder / "config.json")
 
 
 def _preprocessing(folder: Path) -> dict[str, Any]:
-    found = _read(folder / "preprocessor_config.json")
-    found = found or _read(folder / "processor_config.json").get("image_processor") or {}
+    found = read_settings(folder / "preprocessor_config.json")
+    found = found or read_settings(folder / "processor_config.json").get("image_processor") or {}
     kept = {key: value for key, value in found.items() if _PREPROCESSING.fullmatch(key)}
     if isinstance(kept.get("size"), int):  # the older form
         kept["size"] = {"shortest_edge": kept["size"]}
@@ -79,8 +79,12 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
     return kept
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON object, or nothing where there is no such file."""
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read a JSON object, or nothing where there is no such file.
+
+    Raises:
+        InputError: The file is damaged.
+    """
     if not file.is_file():
         return {}
     try:
