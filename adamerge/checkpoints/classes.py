@@ -68,7 +68,7 @@ def _rows_of(file: Path, settings: Mapping[str, Any], key: str, *, reverse: bool
         rows = [(int(row), str(name)) for row, name in pairs]
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{key} of {file} is {_shown(mapping)}, not a mapping between rows and names.",
+            f"{key} of {file} is {_shown(mapping)}, no mapping between rows and names.",
             "Correct it there.",
         ) from error
     return [] if all(_PLACEHOLDER.fullmatch(name) for _, name in rows) else rows
