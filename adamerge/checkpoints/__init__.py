@@ -2,11 +2,12 @@
 
 from adamerge.checkpoints.adapter import Adapter, adapter_digest, is_adapter, open_adapter
 from adamerge.checkpoints.classes import class_names
+from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader
-from adamerge.checkpoints.writing import copy_companions, save, save_stream, save_tensors
+from adamerge.checkpoints.writing import save, save_stream, save_tensors
 
 __all__ = [
     "Adapter",

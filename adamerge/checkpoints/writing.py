@@ -1,7 +1,6 @@
 """Writes tensors in the layout of the checkpoint they came from, one at a time, whole or not at all."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.atomic import atomic_file, atomic_folder, refuse_existing, require_free_space
-from adamerge.checkpoints.diagnosis import PICKLES
+from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.header import make_header
 from adamerge.checkpoints.reading import INDEX, Checkpoint, open_checkpoint
 from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.state import State, TensorInfo, as_bytes, first_nonfinite, info, is_mergeable, is_quantised
 
-_WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 _LIKE = "Give as `like` the base that the vectors were opened with."
 
 
@@ -224,20 +222,6 @@ def _require_same_tensors(state: State, layout: Checkpoint) -> None:
             f"{len(misshapen)} tensors have another shape than in {layout.root}: {shortlist(misshapen)}.",
             _LIKE,
         )
-
-
-def copy_companions(source: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy what is not weights: configuration (which names the dtype), tokenizer, processor."""
-    for path in sorted(source.iterdir()):
-        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and path.name != "README.md":
-            shutil.copyfile(path, folder / path.name)
-    config = folder / "config.json"
-    if dtype is not None and config.exists():
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        names = [key for key in ("dtype", "torch_dtype") if key in settings]
-        named = dict.fromkeys(names, str(dtype).removeprefix("torch."))
-        config.write_text(json.dumps(settings | named, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_index(layout: Checkpoint, folder: Path, n_bytes: int) -> None:
