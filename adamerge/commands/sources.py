@@ -1,12 +1,14 @@
 """The base and experts that a command line names."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from adamerge.checkpoints import locate
-from adamerge.errors import InputError, shortlist
+from adamerge.checkpoints.foreign_code import code_notes
+from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.models.opening import require_same_function
 from adamerge.vectors import TaskVectors
 
@@ -58,6 +60,8 @@ class Sources:
         }
         found = cls(given, paths)
         require_same_function(found.base, found.experts)
+        for note in code_notes(paths):
+            warnings.warn(note, AdamergeWarning, stacklevel=2)
         return found
 
     @property

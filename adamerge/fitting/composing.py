@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from adamerge.checkpoints import adapter_digest, is_adapter, locate, open_checkpoint
+from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
@@ -147,6 +148,8 @@ def open_vectors(
     """
     base_path = locate(base, "base")
     paths = {task: locate(path, f"expert {task!r}") for task, path in experts.items()}
+    for task, path in paths.items():
+        require_no_code(path, f"expert {task!r}")
     backbone = open_backbone(base_path)
     require_same_function(base_path, paths)
     state, read = open_checkpoint(base_path, role="base"), set(backbone.names)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from adamerge.checkpoints import Adapter
+from adamerge.checkpoints.foreign_code import code_notes
 from adamerge.errors import InputError, shortlist
 from adamerge.inspection.checks import (
     audit_problems,
@@ -61,7 +62,7 @@ def inspect(
     return Report(
         tasks=vectors.tasks,
         problems=(*problems, *nonfinite_problems(walk.nonfinite), *_origin_problems(walk)),
-        notes=tuple(_notes(walk)),
+        notes=(*_notes(walk), *code_notes(_folders(base, experts))),
         base=_facts(base, ours),
         experts={task: _facts(experts[task], state) for task, state in states.items()},
         misfits=tuple(rows),
@@ -74,6 +75,11 @@ def inspect(
         repeated=walk.repeated,
         vectors=walk.geometry,
     )
+
+
+def _folders(base: Source, experts: Mapping[str, Source]) -> dict[str, Path]:
+    """Return the sources that are paths, by role."""
+    return {r: Path(s) for r, s in {"base": base, **experts}.items() if isinstance(s, str | Path)}
 
 
 def _open_all(experts: Mapping[str, Source], base: State) -> tuple[dict[str, State], list[str]]:

@@ -9,10 +9,11 @@ from torch import Tensor
 from adamerge.checkpoints import open_checkpoint
 from adamerge.checkpoints.renaming import prefix_of
 from adamerge.data.tasks import TaskSpec
-from adamerge.errors import InputError, shortlist
+from adamerge.errors import shortlist
 from adamerge.models.base import ModuleBackbone, read_object, without_values
 from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
+from adamerge.models.libraries import clip_tokenizer, transformers_config
 from adamerge.models.processor import read_processor
 
 _CLASSES = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -75,7 +76,7 @@ def _text_tower(path: Path) -> TextTower:
     import transformers
 
     state = open_checkpoint(path, role="base")
-    config: Any = _clip_config(path)
+    config: Any = transformers_config(path)
     if "logit_scale" not in state or config.model_type != "clip":
         raise without_text_tower(path, "it is an image tower.")
     if not any((path / name).is_file() for name in _TOKENIZERS):
@@ -87,7 +88,7 @@ def _text_tower(path: Path) -> TextTower:
     if missing:
         raise without_text_tower(path, f"its weights lack {shortlist(missing)}.")
     model.load_state_dict({name: state[name].float() for name in model.state_dict()}, assign=True)
-    tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer: Any = clip_tokenizer(path)
 
     def encode(prompts: list[str]) -> Tensor:
         options = {"truncation": True, "max_length": text.max_position_embeddings, "padding": True}
@@ -102,18 +103,8 @@ def _text_tower(path: Path) -> TextTower:
 
 def _vision_config(path: Path) -> Any:
     """Give the image tower's configuration, with the projection that a complete CLIP has."""
-    config = _clip_config(path)
+    config = transformers_config(path)
     if config.model_type == "clip":
         config.vision_config.projection_dim = config.projection_dim
         return config.vision_config
     return config
-
-
-def _clip_config(path: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever transformers stumbles over, the file is what is wrong
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path / 'config.json'} cannot be used: {reason}", "Download it again.") from error

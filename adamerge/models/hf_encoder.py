@@ -1,8 +1,6 @@
 """Hugging Face classifiers of images and texts, and sentence encoders, without their last layer."""
 
-import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from adamerge.models.classifiers import (
     tensor_names,
 )
 from adamerge.models.heads import Head
+from adamerge.models.libraries import transformers_class, transformers_config, transformers_model
 from adamerge.models.processor import read_processor
 from adamerge.models.tokens import TextModel, is_sentence_encoder, read_pooling, read_tokenizer
 from adamerge.state import State, info
@@ -117,13 +116,7 @@ def _kind_of(path: Path) -> tuple[Any, Any]:
     """Read a folder's configuration, and choose the transformers class that makes models of it."""
     import transformers
 
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever transformers stumbles over, the file is what is wrong
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"transformers {transformers.__version__} cannot read {path / CONFIG}: {reason}"
-        ) from error
+    config: Any = transformers_config(path)
     config.num_labels = N_CLASSES
     if is_sentence_encoder(path):
         return config, transformers.AutoModel
@@ -152,34 +145,8 @@ def _match(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, str]]:
     """
     names = list(state)
     numbers = {n: torch.tensor(float(i)).expand(info(state, n).shape) for i, n in enumerate(names)}
-    with torch.device("meta"):
-        family = type(kind.from_config(config))
-    with _quiet():
-        model, report = family.from_pretrained(
-            None,
-            config=config,
-            state_dict=numbers,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-        )
+    model, report = transformers_model(transformers_class(kind, config), config, numbers)
     lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     arrived = {n: t for n, t in model.state_dict().items() if n not in lost and t.is_floating_point()}
     whole = {n: t for n, t in arrived.items() if not any(t.stride()) or t.numel() == 1}  # still one number
     return model, {name: names[int(tensor.flatten()[0])] for name, tensor in whole.items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's remarks about weights that are loaded in our own way off the screen."""
-    from transformers.utils import logging as library
-
-    before, bar = logging.root.manager.disable, library.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.disable(before)
-        if bar:
-            library.enable_progress_bar()

@@ -1,20 +1,18 @@
 """open_clip models: the image tower as backbone, the text tower for zero-shot heads."""
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL
-import torch
 
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
 from adamerge.models.base import ModuleBackbone, geometry_of
 from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
+from adamerge.models.libraries import open_clip_model, open_clip_tokenizer
 
 CONFIG = "open_clip_config.json"
 
@@ -34,8 +32,7 @@ class OpenClipBackbone(ModuleBackbone):
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         read_config(Path(path))
-        with torch.device("meta"), _quiet():
-            model: Any = open_clip.create_model(f"local-dir:{path}", load_weights=False, device="meta")
+        model: Any = open_clip_model(Path(path), load_weights=False, device="meta")
         config = dict(model.visual.preprocess_cfg)
         transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
         versions = {"library": f"open_clip {open_clip.__version__}", "pillow": PIL.__version__}
@@ -63,9 +60,8 @@ def open_clip_heads(path: Path, tasks: Mapping[str, TaskSpec], _: object = None)
 
     def load() -> TextTower:
         try:
-            with _quiet():
-                model: Any = open_clip.create_model(f"local-dir:{path}").eval()
-                tokenizer: Any = open_clip.get_tokenizer(f"local-dir:{path}")
+            model: Any = open_clip_model(path, load_weights=True).eval()
+            tokenizer: Any = open_clip_tokenizer(path)
         except (RuntimeError, OSError, FileNotFoundError) as error:
             raise without_text_tower(path, str(error).splitlines()[-1].strip()) from error
         return TextTower(
@@ -116,14 +112,3 @@ def require_same_configuration(base: Path, experts: Mapping[str, Path]) -> None:
                         f"{part}.{key} differs: base {ours!r}, expert {task!r} {theirs!r}.",
                         "Experts must share the base's architecture, activation and preprocessing.",
                     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep open_clip's remarks about weights that we load ourselves off the screen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adamerge.checkpoints import locate, open_checkpoint, require_same_configuration
+from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.errors import InputError, shortlist
 from adamerge.models import open_clip
@@ -73,10 +74,12 @@ def open_backbone(source: str | Path, names: Collection[str] | None = None) -> M
         names: Names of the model's tensors; default: those of its weights.
 
     Raises:
-        InputError: No known format, or weights that lack what the configuration asks for.
+        InputError: No known format, code of the folder's own, or weights that lack what the configuration
+            asks for.
         EnvironmentProblem: The hub cannot be reached.
     """
     path = locate(str(source), "base")
+    require_no_code(path)
     found = format_of(path)
     names = open_checkpoint(path, role="base") if names is None else names
     backbone = found.backbone(path, names)
@@ -155,6 +158,7 @@ def format_of(path: Path) -> Format:
     """
     row = _recognised(path)
     if row is None:
+        require_no_code(path)
         holds = shortlist(sorted(p.name for p in path.iterdir())) if path.is_dir() else ""
         raise InputError(
             f"{path} is no model folder of a known format ({', '.join(row.name for row in FORMATS)})"

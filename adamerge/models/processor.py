@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.models.base import ImageTransform
+from adamerge.models.libraries import transformers_image_processor
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -27,13 +28,7 @@ def read_processor(folder: Path) -> ImageTransform:
             f"{folder} does not say how images are prepared: it has neither {' nor '.join(_FILES)}.",
             f"Copy {_FILES[0]} of the model that was fine-tuned into the folder.",
         )
-    try:
-        processor: Any = transformers.AutoImageProcessor.from_pretrained(
-            folder, backend="pil", local_files_only=True
-        )
-    except Exception as error:  # whatever transformers stumbles over, the files are what is wrong
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the image processor of {folder} cannot be read: {reason}") from error
+    processor: Any = transformers_image_processor(folder)
 
     def preprocess(image: Any) -> Tensor:
         return processor(image, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values[0]

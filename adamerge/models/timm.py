@@ -17,6 +17,7 @@ from adamerge.models.classifiers import (
     tensor_names,
 )
 from adamerge.models.heads import Head
+from adamerge.models.libraries import timm_model
 
 CONFIG = "config.json"
 
@@ -33,15 +34,7 @@ class TimmBackbone(ClassifierBackbone):
     """
 
     def __init__(self, path: str | Path) -> None:
-        import timm
-
-        try:
-            model: Any = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=N_CLASSES)
-        except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise InputError(
-                f"timm {timm.__version__} cannot build the model of {Path(path) / CONFIG}: {error}",
-                "Does the file name an architecture of this version, and arguments that it takes?",
-            ) from error
+        model: Any = timm_model(Path(path), num_classes=N_CLASSES)
         classifier = cut_classifier(model, Path(path))
         files = {name: name for name in tensor_names(model)}
         super().__init__(model, files, classifier, **_transform(model)._asdict())

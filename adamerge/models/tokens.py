@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adamerge.errors import InputError
+from adamerge.models.libraries import transformers_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
 _MODULES = "modules.json"  # what sentence-transformers folders consist of
@@ -93,18 +94,12 @@ def read_tokenizer(path: Path, config: Any, length: int) -> Texts:
     Raises:
         InputError: There is none, or it is damaged or cannot pad.
     """
-    import transformers
-
     if not any((path / name).is_file() for name in _FILES):
         raise InputError(
             f"{path} has no tokenizer: none of {', '.join(_FILES)}.",
             "Save the tokenizer beside the model: tokenizer.save_pretrained(FOLDER).",
         )
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # whatever transformers stumbles over, the files are what is wrong
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"the tokenizer of {path} cannot be read: {reason}") from error
+    tokenizer: Any = transformers_tokenizer(path)
     if tokenizer.pad_token_id is None:
         raise InputError(
             f"the tokenizer of {path} has no padding token.", "Set pad_token, and save it again."

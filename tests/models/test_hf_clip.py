@@ -239,7 +239,7 @@ class TestRefusals:
             ),
             (
                 lambda base: edit(base / "config.json", lambda c: c["vision_config"].update(hidden_size=33)),
-                "config.json cannot be used",
+                "cannot read .*config.json",
             ),
             (
                 lambda base: edit(
