@@ -54,6 +54,6 @@ def expert_statistics(
 
 def _digest(head: Head) -> str:
     """Hash a head: Fisher diagonals are about its predictions."""
-    tensors = [head.weight] if head.bias is None else [head.weight, head.bias]
+    tensors = head.tensors.values()
     content = b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors)
     return hashlib.sha256(content + bytes([head.normalize])).hexdigest()

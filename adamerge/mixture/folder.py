@@ -17,13 +17,15 @@ from adamerge.dataflow.flow import FOREIGN
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
 from adamerge.models import Backbone, Head, ModuleBackbone, Residual, open_backbone
+from adamerge.models.heads import LAYERS
 from adamerge.models.opening import format_of
+from adamerge.models.own_layers import OwnLayers
 from adamerge.state import State
 from adamerge.vectors import Block, DenseBlock, LowRankBlock, SparseBlock, TaskVectors
 from adamerge.vectors.ternary import TernaryBlock
 
 DOCUMENT, WEIGHTS, HEADS = "adamerge.json", "model.safetensors", "heads.safetensors"
-_SCHEMA = 2  # 1, which older versions read, where there is no flow and no head has a residual
+_SCHEMA = 3  # for heads with layers; else what older versions read: 2 with a residual or a flow, or 1
 _BLOCKS: dict[str, Any] = {b.__name__: b for b in (DenseBlock, LowRankBlock, SparseBlock, TernaryBlock)}
 
 
@@ -68,7 +70,8 @@ def save_mixture(
         "aliases": {a: name for a, name in mixture.vectors.aliases.items() if name in mixture.read},
     }
     if isinstance(mixture.backbone, FlowBackbone):
-        document |= {"schema_version": _SCHEMA, "flow": mixture.backbone.flow.document()}
+        version = max(2, document["schema_version"])
+        document |= {"schema_version": version, "flow": mixture.backbone.flow.document()}
     with atomic_folder(out, overwrite=overwrite) as folder:
         if like is not None:
             copy_companions(Path(like), folder)
@@ -127,13 +130,13 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
 def _static(path: Path, document: Mapping[str, Any], backbone: Backbone) -> Mixture:
     state = open_checkpoint(path, role="model")
     shared = {name: state[name].clone() for name in backbone.names}
-    heads = _heads(document["heads"], open_checkpoint(path / HEADS, role="heads"))
+    heads = _heads(document["heads"], open_checkpoint(path / HEADS, role="heads"), backbone)
     return Mixture(TaskVectors((), {}, shared, None), backbone, heads, None, document["classes"])
 
 
 def _mixture(tensors: State, document: Mapping[str, Any], backbone: Backbone) -> Mixture:
     routing = _routing(document["routing"])
-    vectors, heads = _vectors(document, tensors), _heads(document["heads"], tensors)
+    vectors, heads = _vectors(document, tensors), _heads(document["heads"], tensors, backbone)
     mixture = Mixture(vectors, backbone, heads, routing, document["classes"])
     strange = [name for name in vectors.base_state() if name not in mixture.read]
     if strange:
@@ -201,11 +204,23 @@ def _header(
     heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]], provenance: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     return {
-        "schema_version": _SCHEMA if any(head.residual for head in heads.values()) else 1,
-        "heads": {task: {"normalize": head.normalize} for task, head in heads.items()},
+        "schema_version": max(map(_version_of, heads.values()), default=1),
+        "heads": {task: {"normalize": h.normalize, **_origins(h)} for task, h in heads.items()},
         "classes": {task: list(names) for task, names in classes.items()},
         "provenance": dict(provenance or {}),
     }
+
+
+def _version_of(head: Head) -> int:
+    """Give the oldest schema that can describe a head."""
+    if head.layers is not None:
+        return _SCHEMA
+    return 1 if head.residual is None else 2
+
+
+def _origins(head: Head) -> dict[str, Any]:
+    """Give the names that a head's tensors have in the expert's own files."""
+    return {"names": dict(head.names)} if head.names else {}
 
 
 def _write_document(folder: Path, document: Mapping[str, Any]) -> None:
@@ -244,13 +259,29 @@ def _vectors(document: Mapping[str, Any], tensors: State) -> TaskVectors:
     return TaskVectors(tuple(document["tasks"]), blocks, shared, None, aliases=aliases)
 
 
-def _heads(described: Mapping[str, Any], tensors: State) -> dict[str, Head]:
+def _heads(described: Mapping[str, Any], tensors: State, backbone: Backbone) -> dict[str, Head]:
     heads = {}
     for task, options in described.items():
         own = _under(f"heads/{task}/", tensors)
         residual = Residual(own["down"], own["up"]) if "up" in own else None
-        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"], residual=residual)
+        more = {"residual": residual, "layers": _layers(task, own, backbone)}
+        names = options.get("names", {})
+        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"], names=names, **more)
     return heads
+
+
+def _layers(task: str, own: Mapping[str, Tensor], backbone: Backbone) -> OwnLayers | None:
+    """Give a head's own layers, which the backbone's library computes."""
+    found = {name.removeprefix(LAYERS): tensor for name, tensor in own.items() if name.startswith(LAYERS)}
+    if not found:
+        return None
+    model = getattr(backbone, "own_model", None)
+    if model is None or {*model.names} != {*found}:
+        raise InputError(
+            f"the head of {task!r} has layers of its own ({shortlist(found)}), which do not fit the model.",
+            "Load the folder with the configuration and the weights that it was saved with.",
+        )
+    return OwnLayers(model, found)
 
 
 def _routing(described: Mapping[str, Any] | None) -> Routing | None:

@@ -217,7 +217,7 @@ class Mixture(nn.Module):
         """Give the size of what each gate reads."""
         assert self.routing is not None  # only routing has gates
         if self.routing.reads != "block":
-            return {"": next(iter(self.heads.values())).weight.shape[1]}
+            return {"": next(iter(self.heads.values())).dim}
         sizes: dict[str, int] = {}
         for name in self.routed:
             shape = self.vectors.blocks[name].shape[1:]

@@ -40,7 +40,8 @@ class ClassifierBackbone(ModuleBackbone):
     ) -> None:
         super().__init__(_hollow(module), **options)
         self.files, self.classifier, self.modality = dict(files), classifier, modality
-        self.unmerged = tuple(f"{classifier}.{leaf}" for leaf in ("weight", "bias") if classifier)
+        self.classifier_names = tuple(f"{classifier}.{leaf}" for leaf in ("weight", "bias") if classifier)
+        self.unmerged = self.classifier_names
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +57,8 @@ class ClassifierBackbone(ModuleBackbone):
         if not (is_adapter(path) and (path / WEIGHTS).is_file()):
             return base
         saved = open_checkpoint(path / WEIGHTS)
-        own = {n: key for n in self.unmerged for key in saved if key.endswith(f".{n}")}
+        own = {n: key for n in self.unmerged if n not in base for key in saved if key.endswith(f".{n}")}
+        own |= {n: key for n in self.classifier_names for key in saved if key.endswith(f".{n}")}
         return {**base, **{name: torch.zeros(saved.info(key).shape) for name, key in own.items()}}
 
     def head(self, path: Path, role: str, base: State) -> Head:
@@ -73,17 +75,19 @@ class ClassifierBackbone(ModuleBackbone):
 
         state = self.expert(path, role, base, plain)
         found = self.classifier_in(state)
-        weight, bias = (found.get(name, "") for name in self.unmerged or ("", ""))
+        weight, bias = (found.get(name, "") for name in self.classifier_names or ("", ""))
         if not weight or len(info(state, weight).shape) != 2:
             raise InputError(
                 f"{role} ({path}) has no classifier {self.classifier or 'beside its encoder'}.",
                 "Give a file with `weight [class, dim]` as `head` of the task.",
             )
-        return Head(state[weight].float(), state[bias].float() if bias else None, normalize=False)
+        names = {"weight": weight} | ({"bias": bias} if bias else {})
+        tensors = state[weight].float(), state[bias].float() if bias else None
+        return Head(*tensors, normalize=False, names=names)
 
     def classifier_in(self, state: State) -> dict[str, str]:
         """Give a state's own names of the classifier's tensors, before which a prefix may stand."""
-        return {n: own for n in self.unmerged for own in state if own == n or own.endswith(f".{n}")}
+        return {n: own for n in self.classifier_names for own in state if own == n or own.endswith(f".{n}")}
 
 
 def classifier_heads(

@@ -1,7 +1,7 @@
 """Frozen heads: a matrix that turns features into one task's logits."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import InputError, shortlist
+from adamerge.models.own_layers import OwnLayers
 
+LAYERS = "layers/"  # stands before the names of a head's own layers in files
 _PROMPTS = 512  # encoded at once: 397 classes with 80 templates each do not fit into memory
 
 
@@ -38,14 +40,17 @@ class Residual:
 
 @dataclass(frozen=True)
 class Head:
-    """A task's frozen linear classifier.
+    """A task's frozen classifier: linear, behind layers of its own where the base lacks them.
 
     Attributes:
-        weight: ``[class, dim]`` fp32; for CLIP the unit text vectors times exp(logit scale).
+        weight: ``[class, dim]`` fp32; for CLIP the unit text vectors times exp(logit scale). Where the head
+            has layers of its own, ``dim`` is the size of what these give.
         bias: ``[class]`` fp32, or None.
         normalize: Whether features are L2-normalised first, as CLIP does.
         role: What messages call it.
         residual: The task's own correction of a merged model's features, or None.
+        layers: The expert's own layers between features and ``weight``, or None.
+        names: The expert's own names of the head's `tensors`, as its files have them, where it has files.
     """
 
     weight: Float[Tensor, "class dim"]
@@ -53,12 +58,21 @@ class Head:
     normalize: bool = True
     role: str = "the head"
     residual: Residual | None = None
+    layers: OwnLayers | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dim(self) -> int:
+        """Size of the features that the head reads."""
+        return self.weight.shape[1] if self.layers is None else self.layers.dim
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by their names in files."""
         own = {"weight": self.weight, "bias": self.bias}
         own |= {} if self.residual is None else {"down": self.residual.down, "up": self.residual.up}
+        layers = {} if self.layers is None else self.layers.tensors
+        own |= {f"{LAYERS}{name}": tensor for name, tensor in layers.items()}
         return {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def features(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image dim"]:
@@ -74,23 +88,24 @@ class Head:
         Raises:
             InputError: The features have another dimension than the head.
         """
-        if features.shape[-1] != self.weight.shape[1]:
+        if features.shape[-1] != self.dim:
             raise InputError(
-                f"{self.role} reads {self.weight.shape[1]} dimensions, "
-                f"the features have {features.shape[-1]}.",
+                f"{self.role} reads {self.dim} dimensions, the features have {features.shape[-1]}.",
                 "Head and backbone must share the projection.",
             )
         with torch.autocast(features.device.type, enabled=False):
             features = self.features(features).float()
             if self.normalize:
                 features = functional.normalize(features, dim=-1)
-            return functional.linear(features, self.weight, self.bias)
+            hidden = features if self.layers is None else self.layers(features)
+            return functional.linear(hidden, self.weight, self.bias)
 
     def to(self, device: torch.device) -> "Head":
         """Give the head on a device."""
         bias = None if self.bias is None else self.bias.to(device)
         residual = None if self.residual is None else self.residual.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias, residual=residual)
+        layers = None if self.layers is None else self.layers.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, residual=residual, layers=layers)
 
     @classmethod
     def from_file(cls, path: str | Path, *, normalize: bool = True) -> "Head":

@@ -1,16 +1,17 @@
 """Hugging Face classifiers of images and texts, and sentence encoders, without their last layer."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adamerge.checkpoints import Checkpoint, is_adapter, open_checkpoint
+from adamerge.checkpoints import Checkpoint, is_adapter, open_adapter, open_checkpoint
 from adamerge.data.tasks import TaskSpec
-from adamerge.errors import InputError
+from adamerge.errors import InputError, shortlist
 from adamerge.models.base import Opener, read_object
 from adamerge.models.classifiers import (
     N_CLASSES,
@@ -21,8 +22,9 @@ from adamerge.models.classifiers import (
     require_names,
     tensor_names,
 )
-from adamerge.models.heads import Head
+from adamerge.models.heads import LAYERS, Head
 from adamerge.models.libraries import transformers_class, transformers_config, transformers_model
+from adamerge.models.own_layers import OwnLayers, OwnModel, split_own_layers
 from adamerge.models.processor import read_processor
 from adamerge.models.tokens import TextModel, is_sentence_encoder, read_pooling, read_tokenizer
 from adamerge.state import State, info
@@ -34,9 +36,11 @@ class HFEncoder(ClassifierBackbone):
     """A transformers classifier without its last linear layer; it holds no weights of its own.
 
     Features are what that layer reads: BERT's pooled output after tanh, the output of RoBERTa's
-    ``classifier.dense`` and of DistilBERT's ``pre_classifier``. These layers are therefore merged like all
-    others, and the base must have them. A sentence-transformers folder gives the pooled (and, where it
-    says so, normalised) sentence vectors, and its tasks need head files.
+    ``classifier.dense`` and of DistilBERT's ``pre_classifier``. Where the base has these layers they are
+    merged like all others. Where it has none (a masked language model, an encoder without pooler), features
+    are what the first of them reads, and they are part of each expert's own head. A sentence-transformers
+    folder gives the pooled (and, where it says so, normalised) sentence vectors, and its tasks need head
+    files.
 
     Args:
         path: A folder that transformers reads: an `AutoModelForSequenceClassification`, an
@@ -59,18 +63,24 @@ class HFEncoder(ClassifierBackbone):
         if pooling:
             model.pooler = None  # sentence vectors are made of the tokens' own
         classifier = "" if pooling else cut_classifier(model, path)
+        is_image = self.kind.__name__ == "AutoModelForImageClassification"
+        upto, own_model = self._split(model, found, is_image=is_image) if classifier else (model, None)
         require_names(found, tensor_names(model), path)
         self.modules = {name: found[name] for name in tensor_names(model)}
-        if self.kind.__name__ == "AutoModelForImageClassification":
+        prefix = "" if own_model is None else "model."
+        files = {f"{prefix}{name}": file for name, file in self.modules.items()}
+        if is_image:
             transform = read_processor(path)._asdict()
-            super().__init__(model, self.modules, classifier, pool=attrgetter("logits"), **transform)
-            return
-        texts = read_tokenizer(path, self.config, max_length)
-        module = TextModel(model, texts.fields, pooling or _logits)
-        files = {f"model.{name}": file for name, file in self.modules.items()}
-        super().__init__(
-            module, files, classifier, modality="text", preprocess=texts, transform_key=texts.key
-        )
+            pool = attrgetter("logits") if own_model is None else lambda features: features
+            super().__init__(upto, files, classifier, pool=pool, **transform)
+        else:
+            texts = read_tokenizer(path, self.config, max_length)
+            module = TextModel(upto, texts.fields, pooling or (_logits if own_model is None else _features))
+            files = {f"model.{name}": file for name, file in files.items()}
+            super().__init__(
+                module, files, classifier, modality="text", preprocess=texts, transform_key=texts.key
+            )
+        self._own(own_model)
 
     def expert(self, path: Path, role: str, base: State, opener: Opener) -> State:
         """Open an expert whose names may be of another version of transformers, or have another prefix."""
@@ -82,10 +92,54 @@ class HFEncoder(ClassifierBackbone):
                 raise error
         if all(name in state for name in self.names):
             return state
-        _, found = _match(self.kind, self.config, state)
+        found = _match(self.kind, self.config, state)[1]
         theirs = {file: found[name] for name, file in self.modules.items() if name in found}
         theirs |= self.classifier_in(state)
         return state.renamed(theirs) if isinstance(state, Checkpoint) else Renamed(state, theirs)
+
+    def head(self, path: Path, role: str, base: State) -> Head:
+        """Read an expert's own classifier, with the layers before it that the base lacks.
+
+        Raises:
+            InputError: It has no classifier, or lacks one of these layers.
+        """
+        head = super().head(path, role, base)
+        if self.own_model is None:
+            return head
+        if is_adapter(path):
+            named = {name: base[file] for name, file in self.modules.items()}
+            state: State = open_adapter(path, self._as_trained(path, named), role=role)
+            names = {name: name for name in self.own_model.names if name in state}
+        else:
+            state = open_checkpoint(path, role=role)
+            names = _match(self.kind, self.config, state)[1]
+        lacking = [name for name in self.own_model.names if name not in names]
+        if lacking:
+            raise InputError(
+                f"{role} ({path}) lacks {len(lacking)} tensors of its classifier: {shortlist(lacking)}.",
+                "The base has none of these, so every expert must bring its own: save the whole classifier "
+                "(PEFT: list these modules in modules_to_save).",
+            )
+        own = {name: names[name] for name in self.own_model.names}
+        tensors = {name: state[file].float() for name, file in own.items()}
+        files = {**head.names, **{f"{LAYERS}{name}": file for name, file in own.items()}}
+        return replace(head, layers=OwnLayers(self.own_model, tensors), names=files)
+
+    def _split(
+        self, model: Any, found: Mapping[str, str], *, is_image: bool
+    ) -> tuple[nn.Module, OwnModel | None]:
+        """Part the model where the base's tensors end, if some are missing that each expert can bring."""
+        missing = [name for name in tensor_names(model) if name not in found]
+        parts = split_own_layers(model, missing, _probe(self.config, is_image)) if missing else None
+        return parts or (model, None)
+
+    def _own(self, own_model: OwnModel | None) -> None:
+        """Leave the experts' own layers out of every merge, under each name that they may have."""
+        self.own_model = own_model
+        if own_model is not None:
+            prefix = f"{own_model.model.base_model_prefix}."
+            names = [name.removeprefix(cut) for name in own_model.names for cut in ("", prefix)]
+            self.unmerged = (*self.unmerged, *dict.fromkeys(names))
 
     def _adapter(self, path: Path, role: str, base: State, opener: Opener) -> State | None:
         """Open a PEFT folder that names tensors as the library does now, where files have older names."""
@@ -127,6 +181,22 @@ def _kind_of(path: Path) -> tuple[Any, Any]:
 
 def _logits(output: Any, _mask: Tensor) -> Tensor:
     return output.logits
+
+
+def _features(output: Tensor, _mask: Tensor) -> Tensor:
+    return output
+
+
+def _probe(config: Any, is_image: bool) -> dict[str, Tensor]:
+    """Make two small inputs of a model."""
+    if is_image:
+        size = getattr(config, "image_size", None) or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    if isinstance(getattr(config, "eos_token_id", None), int):
+        tokens[:, -1] = config.eos_token_id  # where some decoders look for it
+    return {"input_ids": tokens}
 
 
 def _names(kind: str) -> Mapping[str, object]:

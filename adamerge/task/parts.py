@@ -45,7 +45,7 @@ class MergedParts(pl.LightningModule):
         self.coefficients = coefficients or Learned()
         self.recalibrate, self.adapters = recalibrate, adapters
         if adapters is not None:
-            adapters.build(vectors.tasks, next(iter(self.heads.values())).weight.shape[1])
+            adapters.build(vectors.tasks, next(iter(self.heads.values())).dim)
         self.read_names = tuple(n for n in vectors.names if n in set(backbone.names))
         self._mixture: list[Mixture] = []  # in a list, so that its parameters are not the module's
         self._weights: State = {}

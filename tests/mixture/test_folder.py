@@ -293,8 +293,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no version": (change_document(lambda d: d.pop("schema_version")), "adamerge.json is damaged"),
     "a version in words": (change_document(lambda d: d.update(schema_version="two")), "is damaged"),
     "a newer version": (
-        change_document(lambda d: d.update(schema_version=3)),
-        r"was written by a newer adamerge \(schema 3\).\nUpdate adamerge",
+        change_document(lambda d: d.update(schema_version=4)),
+        r"was written by a newer adamerge \(schema 4\).\nUpdate adamerge",
     ),
     "no kind": (change_document(lambda d: d.pop("kind")), "is damaged: KeyError 'kind'"),
     "no tasks": (change_document(lambda d: d.pop("tasks")), "is damaged: KeyError 'tasks'"),

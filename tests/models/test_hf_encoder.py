@@ -109,9 +109,11 @@ class TestNames:
         assert any(name.endswith("attention.attention.query.weight") for name in state)
         assert {*open_backbone(tmp_path).names} == {n for n in state if not n.startswith("classifier")}
 
-    def test_a_base_without_a_hidden_layer_is_refused(self, tmp_path: Path) -> None:
-        write_hf(tmp_path, make_hf(texts("Roberta"), auto="AutoModel"))
-        with pytest.raises(InputError, match="lack 2 tensors of the model: classifier.dense.weight, .*bias"):
+    def test_a_base_that_lacks_a_layer_of_its_encoder_is_refused(self, tmp_path: Path) -> None:
+        state = write_hf(tmp_path, make_hf(texts("Roberta"), auto="AutoModel"))
+        kept = {name: tensor for name, tensor in state.items() if "layer.1.output.dense" not in name}
+        save_file(kept, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match="lack 4 tensors of the model: .*layer.1.output.dense.weight"):
             open_backbone(tmp_path)
 
 
