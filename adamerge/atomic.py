@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all.
 
 Everything is written under a temporary name beside its target and renamed at the end, so a reader sees
-the old content or the complete new one, also after ``kill -9``. Power loss is not covered (no fsync).
+the old content or the complete new one, also after ``kill -9``. What is written ``durable`` outlives a loss
+of power, too.
 """
 
 import contextlib
@@ -19,8 +20,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path, *, durable: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes ``target`` when the block ends well.
+
+    Args:
+        target: The file to write or replace.
+        durable: Wait until the disk has it, so that it outlives a loss of power.
 
     Raises:
         EnvironmentProblem: The disk is full or the folder cannot be written.
@@ -31,7 +36,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary / target.name
             _share(temporary / target.name)
+            if durable:
+                _synchronise(temporary / target.name)
             os.replace(temporary / target.name, target)
+            if durable and os.name == "posix":
+                _synchronise(target.parent)
     finally:
         _remove(temporary)
 
@@ -125,6 +134,15 @@ def _exchange(a: Path, b: Path) -> bool:
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, bytes(a), _AT_FDCWD, bytes(b), _RENAME_EXCHANGE) == 0
+
+
+def _synchronise(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _share(path: Path) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adamerge import __version__
+from adamerge import __version__, interrupts
 from adamerge.errors import AdamergeError, AdamergeWarning, EnvironmentProblem, InputError, nearest
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
@@ -42,7 +42,7 @@ _KNOWN: dict[str, AdamergeError] = {
     ),
     "OverflowError": InputError("an option is larger than fp32 can hold.", "Look at the learning rate."),
 }
-INTERRUPTED = 130
+INTERRUPTED = interrupts.EXIT_CODE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,23 +58,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     plain, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        return _dispatch(given)
-    except AdamergeError as error:
-        return _complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _complain(_how_to_resume(given), INTERRUPTED)
-    except SystemExit as leaving:
-        by_sigterm = type(leaving).__name__ == "SIGTERMException"  # Lightning's, not imported here
-        if by_sigterm or isinstance(leaving.__context__, KeyboardInterrupt):
-            return _complain(_how_to_resume(given), INTERRUPTED)
-        raise
-    except Exception as error:
-        known = _known_problem(error)
-        if known is None or os.environ.get("ADAMERGE_TRACEBACK"):
-            raise
-        return _complain(str(known), known.exit_code)
+        with interrupts.handled(lambda: _how_to_resume(given), until_exit=arguments is None):
+            return _code_of(given)
     finally:
         warnings.formatwarning = plain
+
+
+def _code_of(given: list[str]) -> int:
+    """Run a command; whatever it raises after a signal is the signal's doing."""
+    try:
+        return _dispatch(given)
+    except BaseException as error:
+        interrupts.acknowledge()
+        if _is_interrupt(error):
+            return _complain(_how_to_resume(given), INTERRUPTED)
+        known = error if isinstance(error, AdamergeError) else None
+        if known is None and isinstance(error, Exception) and not os.environ.get("ADAMERGE_TRACEBACK"):
+            known = _known_problem(error)
+        if known is None:
+            raise
+        return _complain(str(known), known.exit_code)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    by_sigterm = type(error).__name__ == "SIGTERMException"  # Lightning's, not imported here
+    by_trainer = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    return isinstance(error, KeyboardInterrupt) or by_sigterm or by_trainer or interrupts.is_received()
 
 
 def _dispatch(given: list[str]) -> int:
@@ -88,7 +97,8 @@ def _dispatch(given: list[str]) -> int:
     if name not in _COMMANDS:
         raise InputError(f"there is no command {name!r}.", nearest(name, _COMMANDS))
     if name in _LIGHTNING and not _is_of_a_folder(name, rest):
-        from adamerge.fitting import run
+        with interrupts.importing():
+            from adamerge.fitting import run
 
         run([name, *rest])
         return 0
@@ -104,11 +114,12 @@ def _is_of_a_folder(name: str, rest: list[str]) -> bool:
 
 def _run_function(name: str, rest: list[str]) -> int:
     """Run a plain function of `adamerge.commands`, whose signature is its command line."""
-    from importlib import import_module
+    with interrupts.importing():
+        from importlib import import_module
 
-    from adamerge.arguments import parse
+        from adamerge.arguments import parse
 
-    module = import_module(f"adamerge.commands.{_MODULES.get(name, name)}")
+        module = import_module(f"adamerge.commands.{_MODULES.get(name, name)}")
     if name == "merge":
         return module.run(rest)
     function: Callable[..., int] = getattr(module, name)

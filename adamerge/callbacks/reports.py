@@ -33,6 +33,11 @@ class CoefficientReport(pl.Callback):
 
     def __init__(self, folder: str | Path, every_n_steps: int = 50) -> None:
         self.folder, self.every_n_steps = Path(folder), every_n_steps
+        self._has_begun = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
+        """Remember that the coefficients are those of the run, also where it was resumed."""
+        self._has_begun = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: MergeTask, *_: Any) -> None:  # type: ignore[override]  # ours only
         """Log each task's mean, minimum and maximum; now and then the whole matrix."""
@@ -54,7 +59,8 @@ class CoefficientReport(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: MergeTask, exception: BaseException) -> None:  # type: ignore[override]  # ours only
         """Write the last good coefficients of a run that stops early."""
-        self._write(trainer, pl_module)
+        if self._has_begun:
+            self._write(trainer, pl_module)
 
     def _write(self, trainer: pl.Trainer, task: MergeTask) -> None:
         groups, values = task.coefficients.table()

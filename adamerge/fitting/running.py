@@ -14,7 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint
+from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from adamerge import callbacks, provenance
@@ -151,20 +151,13 @@ class RunCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", str(self.folder))
         if self.subcommand == "fit":
             kwargs["callbacks"] = [*kwargs.get("callbacks", []), *self._callbacks()]
+            kwargs["plugins"] = _with_atomic_checkpoints(kwargs.get("plugins"))
             kwargs["limit_val_batches"] = 0  # the selector looks at held-out images in its own rhythm
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self) -> list[pl.Callback]:
         settings = self.settings
         selector = self.config_init[str(self.subcommand)].selector
-        checkpoint = ModelCheckpoint(
-            self.folder / "checkpoints",
-            save_last=True,
-            save_top_k=0,
-            every_n_train_steps=settings.save_every,
-            save_on_exception=True,
-            enable_version_counter=False,
-        )
         like = locate(settings.model.base)
         return [
             callbacks.StepBar(settings.method),
@@ -172,7 +165,7 @@ class RunCLI(LightningCLI):
             selector,
             callbacks.CoefficientReport(self.folder),
             callbacks.MergedModel(self.folder / "merged", like, self._card()),
-            checkpoint,
+            callbacks.LastCheckpoint(self.folder / "checkpoints", settings.save_every),
         ]
 
     def before_fit(self) -> None:
@@ -345,6 +338,13 @@ class RunCLI(LightningCLI):
         return provenance.model_card(sources, self.model.vectors.digests, config, row, **kind)
 
 
+def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
+    """Add our way of writing checkpoints, unless the configuration has one of its own."""
+    given = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    has_own = any(isinstance(plugin, CheckpointIO) for plugin in given)
+    return [*given, *([] if has_own else [callbacks.AtomicCheckpointIO()])]
+
+
 def _is_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -372,6 +372,12 @@ def run(args: Sequence[str]) -> RunCLI:
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
+        return _run_cli(args)
+
+
+def _run_cli(args: Sequence[str]) -> RunCLI:
+    """Run; the exit with which the trainer answers Ctrl-C is an interrupt again."""
+    try:
         return RunCLI(
             args[0],
             merge_task,
@@ -393,3 +399,7 @@ def run(args: Sequence[str]) -> RunCLI:
             load_from_checkpoint_support=False,
             args=list(args),
         )
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise leaving.__context__ from None
+        raise
