@@ -57,14 +57,14 @@ class LastCheckpoint(ModelCheckpoint):
         alone = trainer.world_size == 1
         interrupts.postpone(*((interrupts.SIGINT, interrupts.SIGTERM) if alone else (interrupts.SIGTERM,)))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:  # type: ignore[override]  # reads none
         """Remember that a step is under way."""
         self.is_between_steps = False
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *more: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *more: Any) -> None:  # type: ignore[override]  # passes them on
         """Save in the rhythm that was asked for; end here where a signal waits."""
         self.is_between_steps = True
-        super().on_train_batch_end(trainer, *more)
+        super().on_train_batch_end(trainer, pl_module, *more)
         if trainer.world_size == 1:
             interrupts.check()
 
@@ -77,5 +77,9 @@ class LastCheckpoint(ModelCheckpoint):
         """Save the last whole step; after a value that is not finite, the last good coefficients."""
         interrupts.acknowledge()
         is_whole = self.is_between_steps or isinstance(exception, NumericError)
-        if is_whole and not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+        if (
+            is_whole
+            and not getattr(trainer, "fast_dev_run", False)
+            and self._last_global_step_saved != trainer.global_step
+        ):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
