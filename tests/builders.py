@@ -67,9 +67,9 @@ def adapt(
 
 
 def write_benchmark(folder: Path, clip: Path, rows: Mapping[str, Any], **data: Any) -> Path:
-    """Write a benchmark file for the command line."""
+    """Write a benchmark file for the command line; the experts are those of the tasks, or all."""
     folder.mkdir(parents=True, exist_ok=True)
-    experts = {task: str(clip / "experts" / f"{task}.safetensors") for task in TASKS}
+    experts = {task: str(clip / "experts" / f"{task}.safetensors") for task in data.pop("tasks", TASKS)}
     document = {
         "model": {"base": str(clip / "base"), "experts": experts},
         "data": {"batch_size": 4, **data, "tasks": dict(rows)},

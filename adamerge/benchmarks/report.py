@@ -1,6 +1,6 @@
 """The report beside a table: what was run, on which premises, and which of the known choices were made."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,14 @@ def write_report(benchmark: Benchmark, rows: Sequence[ResultRow], title: str, ch
         title: What stands above.
         choices: Of the benchmark's definition.
     """
-    parts = [f"# {title}", "Top-1 accuracy, %.", markdown_table(rows).strip(), *_remarks(rows)]
+    parts = [f"# {title}", "Top-1 accuracy, %.", markdown_table(rows).strip(), *_remarks(rows, benchmark.failures)]
     parts += ["## Premises", _listed(_premises(benchmark, rows))]
     parts += ["## Choices", _listed([*choices, *_ALWAYS, *_options(benchmark, rows)])]
     parts += ["## Inputs", _listed(_inputs(rows))]
     return "\n\n".join(parts) + "\n"
 
 
-def _remarks(rows: Sequence[ResultRow]) -> Iterator[str]:
+def _remarks(rows: Sequence[ResultRow], failures: Mapping[str, Exception]) -> Iterator[str]:
     if any(row.transductive for row in rows):
         yield "\\* transductive: the test images were among the adaptation images."
     if any(row.source for row in rows):
@@ -58,6 +58,7 @@ def _remarks(rows: Sequence[ResultRow]) -> Iterator[str]:
             "ours, and their means are as published."
         )
     notes = [f"{row.method}: {note}" for row in rows for note in row.notes]
+    notes += [f"{method} failed: {str(error).splitlines()[0]}" for method, error in failures.items()]
     if notes:
         yield _listed(notes)
 

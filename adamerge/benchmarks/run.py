@@ -1,6 +1,7 @@
 """A table of methods on one benchmark: each row computed once, resumable, all written together."""
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -20,7 +21,7 @@ from adamerge.benchmarks.files import (
 )
 from adamerge.benchmarks.opened import BOUNDS, INDIVIDUAL, Models, is_static, measures
 from adamerge.data.module import MultiTaskData
-from adamerge.errors import InputError, nearest, shortlist
+from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest, shortlist
 from adamerge.fitting import run
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console
@@ -71,12 +72,17 @@ class Benchmark:
             raise no_benchmark(name, error) from error
         self.models = Models(base, experts, codec, self.data, out / "statistics")
         self.waived: list[str] = []
+        self.failures: dict[str, Exception] = {}
         self._individual: Mapping[str, float] | None = None
         gate.require_known(accuracy, self.data.tasks)
         self._refuse_adapting_unseen()
 
     def run(
-        self, methods: Sequence[str], extra: Mapping[str, Sequence[str]] | None = None
+        self,
+        methods: Sequence[str],
+        extra: Mapping[str, Sequence[str]] | None = None,
+        *,
+        keep_going: bool = False,
     ) -> list[ResultRow]:
         """Let the experts pass the gate, then compute all rows; those that an earlier run finished are read.
 
@@ -84,9 +90,10 @@ class Benchmark:
             methods: Names: "zero_shot", "individual", a static method, or a file of configs/methods; or the
                 path of a method file of one's own.
             extra: More command line arguments of adaptive methods, by what `methods` calls them.
+            keep_going: Compute the other rows where one fails; `failures` then has its error.
 
         Returns:
-            The rows, with normalised means.
+            The rows that were computed, with normalised means.
 
         Raises:
             InputError: A method is unknown, or an expert, the activation or the preprocessing is not what
@@ -100,8 +107,25 @@ class Benchmark:
             raise InputError("two methods have one name.", "Rename one of the files.")
         write_text(self.config, self.text)
         self.pass_gate()
-        rows = [self._row(method, (extra or {}).get(method, ())) for method in methods]
-        return [self._complete(row) for row in rows]
+        arguments = {method: tuple((extra or {}).get(method, ())) for method in methods}
+        for method in methods:  # what is wrong with models or images ends the table, not one row
+            self._stamp(method, arguments[method])
+        rows = [self._attempt(method, arguments[method], keep_going=keep_going) for method in methods]
+        return [self._complete(row) for row in rows if row is not None]
+
+    def _attempt(self, method: str, extra: Sequence[str], *, keep_going: bool) -> ResultRow | None:
+        """Compute a row; where it fails and the others are to go on, keep its error and return None."""
+        try:
+            return self._row(method, extra)
+        except EnvironmentProblem:
+            raise  # no disk, no GPU: the other rows would fail alike
+        except Exception as error:
+            if not keep_going or os.environ.get("ADAMERGE_TRACEBACK"):
+                raise
+            name = method_name(method)
+            self.failures[name] = error
+            console.print(f"{name}: failed: {_message(error)}", markup=False, style="red", soft_wrap=True)
+            return None
 
     def pass_gate(self) -> None:
         """Check the premises: first model and images, then every expert with its own head."""
@@ -211,6 +235,12 @@ class Benchmark:
                 "data": self.models.inputs(method),
             },
         )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, AdamergeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\nADAMERGE_TRACEBACK=1 ends at the first such row and shows where."
 
 
 def _require_settings(given: Collection[str]) -> None:

@@ -116,7 +116,10 @@ class Selector(pl.Callback):
         if not self._expert:
             self._listen(pl_module)
         if self._expert:
-            if self._looked_at != trainer.global_step:
+            if not self._start:  # a method that takes no step: on_train_start was never called
+                self._start = self._look(pl_module)
+                self._remember(trainer, pl_module, self._start)
+            elif self._looked_at != trainer.global_step:
                 self._remember(trainer, pl_module, self._look(pl_module))
             self._last = _copy_of(pl_module.learned)
             pl_module.learned.load_state_dict(self._best["values"])

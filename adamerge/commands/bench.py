@@ -1,5 +1,6 @@
 """`adamerge bench run BENCHMARK`: a table of methods on one benchmark."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from adamerge.benchmarks import Benchmark, Definition, configs, define, defined,
 from adamerge.benchmarks.clip import AdaptSplit, Form
 from adamerge.benchmarks.gate import Premises
 from adamerge.benchmarks.report import write_report
-from adamerge.errors import InputError, nearest
+from adamerge.errors import AdamergeError, InputError, nearest
 from adamerge.progress import console
 from adamerge.results import ResultRow
 from adamerge.static import METHODS
@@ -103,10 +104,21 @@ def bench(
     table.premises = _stated(table.premises, expect, waive, gate)
     clean = define(benchmark, **{**given, "corruption": ""}) if corruption else None
     told = _pass_clean(clean, table, data) if clean else []
-    rows = table.run(names, {name: _settings(name, trainer or {}) for name in names})
+    settings = {name: _settings(name, trainer or {}) for name in names}
+    rows = table.run(names, settings, keep_going=True)
     table.waived = [*told, *table.waived]
-    _write(table, rows, name, definition)
-    return 0
+    if rows:
+        _write(table, rows, name, definition)
+    return _exit_code(table.failures, len(names))
+
+
+def _exit_code(failures: Mapping[str, Exception], count: int) -> int:
+    """Name the rows that failed, and return the first one's exit code; 0 where none failed."""
+    if not failures:
+        return 0
+    sys.stderr.write(f"adamerge: {len(failures)} of {count} rows failed: {', '.join(failures)}.\n")
+    first = next(iter(failures.values()))
+    return first.exit_code if isinstance(first, AdamergeError) else AdamergeError.exit_code
 
 
 def _write(table: Benchmark, rows: list[ResultRow], name: str, definition: Definition | None) -> None:

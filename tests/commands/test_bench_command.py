@@ -112,3 +112,32 @@ def test_an_unknown_method_is_refused_before_the_first_row(
     assert main(["bench", "run", "embedded", "--methods", "zero_shot,tiess", "--out", str(out)]) == 2
     assert "Did you mean 'ties'" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_row_that_fails_is_reported_and_the_others_go_on(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "unfit.yaml"
+    own.write_text(
+        "method: unfit\nmodel: {coefficients: {class_path: adamerge.Oracle}}\ntrainer: {max_steps: 3}\n"
+    )
+    out, names = tmp_path / "table", f"zero_shot,{own},average"
+    assert main(["bench", "run", str(benchmark), "--methods", names, "--out", str(out)]) == 2
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["zero_shot", "average"]
+    errors = capsys.readouterr().err
+    assert "unfit: failed: Oracle has nothing to learn" in errors
+    assert "adamerge: 1 of 3 rows failed: unfit." in errors
+    assert "unfit failed: Oracle has nothing to learn" in (out / "report.md").read_text()
+
+
+def test_an_unexpected_failure_of_a_row_names_its_type(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("mnist")
+
+    monkeypatch.setattr("adamerge.benchmarks.opened.Models.merged", fail)
+    out = str(tmp_path / "table")
+    assert main(["bench", "run", str(benchmark), "--methods", "average,individual", "--out", out]) == 1
+    assert "average: failed: KeyError: 'mnist'" in capsys.readouterr().err
