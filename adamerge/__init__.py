@@ -156,3 +156,8 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'adamerge' has no attribute {name!r}")
     return getattr(import_module(f"adamerge.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, which are imported only when they are used."""
+    return sorted([*__all__, "__version__"])

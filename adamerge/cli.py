@@ -143,6 +143,8 @@ def _format_warning(message: Warning | str, category: type[Warning], *_: Any) ->
 
 
 def _complain(message: str, code: int) -> int:
+    if "adamerge.progress" in sys.modules:  # a bar under way would leave its line unfinished
+        sys.modules["adamerge.progress"].stop_bars()
     sys.stderr.write(f"adamerge: {message}\n")
     return code
 
@@ -163,6 +165,8 @@ def _known_problem(error: Exception) -> AdamergeError | None:
         return EnvironmentProblem("a GPU was asked for, and there is none.", "Add --trainer.accelerator cpu")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EnvironmentProblem("the disk is full.", "Free some space; the last checkpoint is whole.")
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+        return InputError(f"{error.filename}: {error.strerror}.", "Look at the path and its permissions.")
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return EnvironmentProblem("too many files are open.", "Raise the limit: ulimit -n 4096")
     if "PytorchStreamReader" in text:

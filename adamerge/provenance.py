@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,10 @@ def model_card(
         flow: Whether blocks of several models run in an order of their own.
         adapted: Whether heads read corrected features.
     """
-    front = {
-        "tags": ["merge", "adamerge"],
-        "base_model": list(sources.values()),
-        "base_model_relation": "merge",
-    }
+    front: dict[str, Any] = {"tags": ["merge", "adamerge"]}
+    ids = [source for source in sources.values() if _is_hub_id(source)]
+    if ids:
+        front |= {"base_model": ids, "base_model_relation": "merge"}
     told = (_ROUTED if routed else _FLOW) + _LOADING if routed or flow else _STATIC
     listed = "\n".join(f"- {name}: `{path}` (SHA-256 `{digests[name]}`)" for name, path in sources.items())
     measured = "".join(f"## {title}\n\n{text}\n" for title, text in _measured(row)) if row else ""
@@ -159,6 +159,11 @@ def model_card(
         f"{told}{_ADAPTED if adapted else ''}\n{measured}"
         f"## Configuration\n\n```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```\n"
     )
+
+
+def _is_hub_id(source: str) -> bool:
+    """Check whether a source is USER/NAME on the hub: the front matter of a card knows nothing else."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not Path(source).exists()
 
 
 def _measured(row: ResultRow) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.atomic import write_text
-
-_LOG_WIDTH = 160  # a file has no width of its own
+from adamerge.progress import print_columns, terminal
 
 
 @dataclass
@@ -141,27 +140,55 @@ def table_lines(rows: Sequence[ResultRow]) -> list[list[str]]:
     return lines
 
 
+_ODD_NORMALIZED_MEAN = 110.0  # percent: a merged model this far above its experts is a sign of weak experts
+
+
+def doubts(
+    individual: Mapping[str, float], n_classes: Mapping[str, int], row: ResultRow | None = None
+) -> list[str]:
+    """Return notes on results that look wrong: experts at chance, a merged model far above its experts.
+
+    Args:
+        individual: The experts' own accuracies, percent by task.
+        n_classes: Number of classes by task.
+        row: The merged model's row.
+    """
+    notes = [
+        f"the expert of {task!r} is no better than chance: {value:.1f} % of {n_classes[task]} classes. "
+        "Are its head, class order and preprocessing right?"
+        for task, value in individual.items()
+        if value <= 100 / n_classes[task]
+    ]
+    if row and (row.normalized_mean or 0) > _ODD_NORMALIZED_MEAN:
+        notes.append(
+            f"normalized mean {row.normalized_mean:.1f}: above {_ODD_NORMALIZED_MEAN:.0f} % of the experts. "
+            "Do they fit these test images?"
+        )
+    return notes
+
+
 def print_table(rows: Sequence[ResultRow], title: str) -> None:
     """Print the table to the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
     header, *lines = table_lines([replace(row, method=row.label, source="") for row in rows])
-    table = Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_LOG_WIDTH)
-    console.print(table)
+    print_columns(header, lines, title)
+    out = terminal()
     if any(row.transductive for row in rows):
-        console.print("* transductive: the test images were among the adaptation images")
+        out.print("* transductive: the test images were among the adaptation images", highlight=False)
     for row in rows:
         unmeasured = [task for task in row.details.get("agreement", {}) if task not in row.accuracy]
         for note in [*row.notes, *agreements(row, unmeasured)]:
-            console.print(f"{row.method}: {note}")
+            out.print(f"{row.method}: {note}", markup=False, highlight=False)
+
+
+def outcome(row: ResultRow) -> str:
+    """Return what a row reached, as a clause: its accuracy, or its agreement with the experts."""
+    agreement = [share["now"] for share in row.details.get("agreement", {}).values()]
+    if row.mean is not None:
+        share = f" ({row.normalized_mean:.1f} % of the experts)" if row.normalized_mean is not None else ""
+        return f"mean accuracy {row.mean:.1f} %{share}"
+    if agreement:
+        return f"agrees with the experts on {sum(agreement) / len(agreement):.1f} % of held-out inputs"
+    return "merged, not evaluated"
 
 
 def agreements(row: ResultRow, tasks: Iterable[str]) -> Iterator[str]:

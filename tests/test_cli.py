@@ -174,3 +174,20 @@ def test_an_interrupted_demo_says_how_to_go_on(
     monkeypatch.setattr(cli, "_dispatch", lightning_leaves)
     assert main(["demo"]) == 130
     assert "Start again with: adamerge demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, IsADirectoryError, PermissionError])
+def test_a_file_that_cannot_be_opened_is_a_message_not_a_traceback(
+    kind: type[OSError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise kind(2, "No such file or directory", "runs/lost.json")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert cli.main(["table", "runs"]) == 2
+    assert capsys.readouterr().err.startswith("adamerge: runs/lost.json: No such file or directory.\n")
+
+
+def test_the_root_lists_its_public_names() -> None:
+    assert {"MergeTask", "TaskVectors", "load", "merge", "__version__"} <= set(dir(adamerge))
+    assert all(hasattr(adamerge, name) for name in dir(adamerge))

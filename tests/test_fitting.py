@@ -83,7 +83,7 @@ def test_plain_open_clip_loads_the_merged_model(finished: tuple[Path, Path]) -> 
     card = (run / "merged" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["tags"] == ["merge", "adamerge"]
-    assert front["base_model_relation"] == "merge"
+    assert "base_model" not in front  # which the hub takes for ids, and these are local files
 
 
 def test_the_other_subcommands_read_the_last_checkpoint(
@@ -293,6 +293,13 @@ def test_precisions_that_cannot_work_are_refused(
     assert reason in capsys.readouterr().err
 
 
-def test_coefficients_that_run_away_are_pointed_at(benchmark: Path, tmp_path: Path) -> None:
-    with pytest.warns(AdamergeWarning, match="it ran away"):
-        assert fit(benchmark, tmp_path / "run", "--model.optimizer.init_args.lr", "1.0") == 0
+def test_unusual_coefficients_are_pointed_at_where_no_selector_judged_them(
+    benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ("--model.optimizer.init_args.lr", "1.0")
+    with pytest.warns(AdamergeWarning, match="no selector has compared this state with the start"):
+        assert fit(benchmark, tmp_path / "unjudged", *fast, "--selector.every_n_steps", "0") == 0
+    last = [line for line in capsys.readouterr().err.splitlines() if "Load it" in line]
+    assert len(last) == 1
+    assert "mean accuracy" in last[0]
+    assert "6 steps" in last[0]

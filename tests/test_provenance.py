@@ -96,7 +96,7 @@ def test_the_model_card_is_front_matter_and_text() -> None:
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "tags": ["merge", "adamerge"],
-        "base_model": ["owner/base", "owner/cars", "x y.safetensors"],
+        "base_model": ["owner/base", "owner/cars"],
         "base_model_relation": "merge",
     }
     assert f"- digits: `x y.safetensors` (SHA-256 `{'d' * 64}`)" in text

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from adamerge.results import (
     ResultRow,
+    doubts,
     make_row,
+    outcome,
     print_table,
     read_row,
     table_lines,
@@ -98,3 +101,38 @@ def test_predictions_name_the_class_where_names_are_known(tmp_path: Path) -> Non
         _, *lines = csv.reader(stream)
     assert lines[0] == ["cars", "4", "1", "BMW, new", "0.500000"]
     assert lines[3] == ["digits", "5", "0", "", "0.250000"]
+
+
+def numbers_of(printed: str) -> list[str]:
+    return re.findall(r"\d+\.\d", printed)
+
+
+@pytest.mark.parametrize(("width", "n_tasks"), [("80", 8), ("60", 5), ("40", 3), ("20", 2), ("300", 8)])
+def test_every_number_is_whole_at_any_width(
+    width: str, n_tasks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    accuracy = {f"task_{i}": 80 + i + i / 10 for i in range(n_tasks)}
+    methods = ("adamerging_layer_wise_kl", "published: Task Arithmetic [of a table]")
+    print_table([make_row(name, accuracy, accuracy) for name in methods], "a title")
+    printed = capsys.readouterr().out
+    expected = [f"{value:.1f}" for value in accuracy.values()]
+    for number in [*expected, "100.0"]:
+        assert numbers_of(printed).count(number) >= len(methods), number
+    assert max(map(len, printed.splitlines())) <= int(width)
+    assert "\u2026" not in printed
+
+
+def test_experts_at_chance_and_models_far_above_their_experts_are_noted() -> None:
+    row = make_row("merged", {"cars": 60.0, "pets": 90.0}, {"cars": 50.0, "pets": 60.0})
+    [chance, odd] = doubts({"cars": 50.0, "pets": 60.0}, {"cars": 2, "pets": 3}, row)
+    assert chance.startswith("the expert of 'cars' is no better than chance: 50.0 % of 2 classes")
+    assert odd.startswith("normalized mean 135.0")
+    assert doubts({"cars": 50.1}, {"cars": 2}, make_row("x", {"cars": 55.0}, {"cars": 50.1})) == []
+
+
+def test_the_outcome_is_an_accuracy_or_an_agreement() -> None:
+    assert outcome(ROWS[0]) == "mean accuracy 90.0 % (100.0 % of the experts)"
+    shares = {"cars": {"start": 50.0, "now": 80.0}, "pets": {"start": 50.0, "now": 90.0}}
+    blind = make_row("x", {}, details={"agreement": shares})
+    assert outcome(blind) == "agrees with the experts on 85.0 % of held-out inputs"

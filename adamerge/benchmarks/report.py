@@ -42,7 +42,12 @@ def write_report(benchmark: Benchmark, rows: Sequence[ResultRow], title: str, ch
         title: What stands above.
         choices: Of the benchmark's definition.
     """
-    parts = [f"# {title}", "Top-1 accuracy, %.", markdown_table(rows).strip(), *_remarks(rows, benchmark.failures)]
+    parts = [
+        f"# {title}",
+        "Top-1 accuracy, %.",
+        markdown_table(rows).strip(),
+        *_remarks(rows, benchmark.failures),
+    ]
     parts += ["## Premises", _listed(_premises(benchmark, rows))]
     parts += ["## Choices", _listed([*choices, *_ALWAYS, *_options(benchmark, rows)])]
     parts += ["## Inputs", _listed(_inputs(rows))]

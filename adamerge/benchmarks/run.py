@@ -24,8 +24,8 @@ from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest, shortlist
 from adamerge.fitting import run
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
-from adamerge.progress import console
-from adamerge.results import ResultRow, make_row, print_table, read_row, write_row, write_table
+from adamerge.progress import console, print_line
+from adamerge.results import ResultRow, doubts, make_row, print_table, read_row, write_row, write_table
 from adamerge.shipped import configs
 from adamerge.static import METHODS
 
@@ -124,7 +124,7 @@ class Benchmark:
                 raise
             name = method_name(method)
             self.failures[name] = error
-            console.print(f"{name}: failed: {_message(error)}", markup=False, style="red", soft_wrap=True)
+            print_line(f"{name}: failed: {_message(error)}", style="red")
             return None
 
     def pass_gate(self) -> None:
@@ -218,15 +218,18 @@ class Benchmark:
         """Give a row's means, now that unseen tasks and the experts' accuracies are known."""
         means = make_row(row.method, row.accuracy, self._individual, unseen=self.unseen)
         kept = ("mean", "normalized_mean", "unseen", "unseen_mean")
-        return replace(row, **{name: getattr(means, name) for name in kept})
+        row = replace(row, **{name: getattr(means, name) for name in kept})
+        return replace(row, notes=[*row.notes, *doubts({}, {}, row)])
 
     def _static_row(self, method: str) -> ResultRow:
-        found = self.models.evaluate(method)
+        evaluation = self.models.evaluate(method)
         counts = self.data.transductive() if measures(method) else {}
+        n_classes = {task: len(head.weight) for task, head in self.models.heads.items()}
         return make_row(
             method,
-            found.known,
-            unknown=found.unknown,
+            evaluation.known,
+            unknown=evaluation.unknown,
+            notes=doubts(evaluation.known, n_classes) if method == INDIVIDUAL else [],
             unseen=self.unseen,
             transductive=[task for task, count in counts.items() if count],
             provenance={
@@ -240,7 +243,7 @@ class Benchmark:
 def _message(error: Exception) -> str:
     if isinstance(error, AdamergeError):
         return str(error)
-    return f"{type(error).__name__}: {error}\nADAMERGE_TRACEBACK=1 ends at the first such row and shows where."
+    return f"{type(error).__name__}: {error}\nADAMERGE_TRACEBACK=1 ends at such a row and shows where."
 
 
 def _require_settings(given: Collection[str]) -> None:

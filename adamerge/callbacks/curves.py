@@ -9,7 +9,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from adamerge.atomic import write_text
 from adamerge.plots import learning_curves, save_picture
-from adamerge.progress import console
+from adamerge.progress import console, new_bar
 from adamerge.task import MergeTask
 
 
@@ -63,9 +63,7 @@ class StepBar(pl.Callback):
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self._progress = Progress(
-            *Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True
-        )
+        self._progress = new_bar(*Progress.get_default_columns(), MofNCompleteColumn())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin at the step where the run begins."""

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.atomic import write_text
+from adamerge.callbacks.selector import Selector
 from adamerge.checkpoints import save, save_tensors
 from adamerge.errors import AdamergeWarning
 from adamerge.mixture import save_mixture, write_companions
@@ -20,7 +21,7 @@ from adamerge.plots import heat_map, save_picture
 from adamerge.task import MergeTask
 from adamerge.tracking import SafeWandbLogger
 
-_RUNAWAY = 2.0
+_UNUSUAL = 2.0  # published coefficients lie between 0 and 1
 
 
 class CoefficientReport(pl.Callback):
@@ -45,14 +46,16 @@ class CoefficientReport(pl.Callback):
             self._log(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: MergeTask) -> None:  # type: ignore[override]  # ours only
-        """Write the files, and point at coefficients that ran away."""
+        """Write the files; warn of unusual coefficients where no selector judged the end."""
         self._write(trainer, pl_module)
         groups, values = pl_module.coefficients.table()
-        if groups and values.abs().max() > _RUNAWAY:
+        is_judged = any(isinstance(c, Selector) and c.has_judged for c in trainer.callbacks)  # type: ignore[attr-defined]  # Lightning's own attribute
+        if groups and not is_judged and values.abs().max() > _UNUSUAL:
             row, column = divmod(int(values.abs().argmax()), len(groups))
             warnings.warn(
                 f"the coefficient of {pl_module.vectors.tasks[row]!r} for {groups[column]} is "
-                f"{float(values[row, column]):.2f}: it ran away. Lower the learning rate or the steps.",
+                f"{float(values[row, column]):.2f}, and no selector has compared this state with the start. "
+                "Compare their accuracies; a lower learning rate or fewer steps keep it smaller.",
                 AdamergeWarning,
                 stacklevel=2,
             )

@@ -76,6 +76,11 @@ class Selector(pl.Callback):
         self._expert_signs: dict[str, Signs] = {}
 
     @property
+    def has_judged(self) -> bool:
+        """Whether the run ends with the best state seen, by the experts' predictions."""
+        return self.keep == "best" and bool(self._best["values"])
+
+    @property
     def agreement(self) -> dict[str, dict[str, float]]:
         """How often merged model and expert name the same class of held-out images, by task, in percent.
 

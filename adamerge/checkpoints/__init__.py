@@ -5,6 +5,7 @@ from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
+from adamerge.checkpoints.loading import loading_code
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader
 from adamerge.checkpoints.writing import save, save_stream, save_tensors
@@ -17,6 +18,7 @@ __all__ = [
     "class_names",
     "copy_companions",
     "is_adapter",
+    "loading_code",
     "local_path",
     "locate",
     "open_adapter",

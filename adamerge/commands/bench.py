@@ -1,7 +1,8 @@
 """`adamerge bench run BENCHMARK`: a table of methods on one benchmark."""
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from adamerge.atomic import write_text
 from adamerge.benchmarks import Benchmark, Definition, configs, define, defined, method_file, oracles
 from adamerge.benchmarks.clip import AdaptSplit, Form
 from adamerge.benchmarks.gate import Premises
+from adamerge.benchmarks.opened import INDIVIDUAL
 from adamerge.benchmarks.report import write_report
 from adamerge.errors import AdamergeError, InputError, nearest
-from adamerge.progress import console
-from adamerge.results import ResultRow
+from adamerge.progress import duration, print_line
+from adamerge.results import ResultRow, outcome
 from adamerge.static import METHODS
 
 _LIMITS = ("max_", "min_")  # of the trainer's settings, those that say how long it learns
@@ -74,6 +76,7 @@ def bench(
     """
     if action != "run":
         raise InputError(f"there is no action {action!r}.", "Write: adamerge bench run BENCHMARK")
+    began = time.monotonic()
     given: dict[str, Any] = {
         "backbone": backbone,
         "family": family,
@@ -109,7 +112,15 @@ def bench(
     table.waived = [*told, *table.waived]
     if rows:
         _write(table, rows, name, definition)
+        print_line(_closing(rows, time.monotonic() - began, table.out))
     return _exit_code(table.failures, len(names))
+
+
+def _closing(rows: Sequence[ResultRow], seconds: float, out: Path) -> str:
+    merged = [row for row in rows if row.mean is not None and row.method != INDIVIDUAL]
+    best = max(merged, key=lambda row: row.mean or 0, default=None)
+    suffix = f" Best: {best.method}, {outcome(best)}." if best else ""
+    return f"{len(rows)} rows in {duration(seconds)}.{suffix} Table, picture and report: {out}"
 
 
 def _exit_code(failures: Mapping[str, Exception], count: int) -> int:
@@ -128,7 +139,6 @@ def _write(table: Benchmark, rows: list[ResultRow], name: str, definition: Defin
     table.write(rows, title)
     report = write_report(table, rows, title, definition.choices if definition else ())
     write_text(table.out / "report.md", report)
-    console.print(f"Table, picture and report are in {table.out}.")
 
 
 def benchmark_file(benchmark: str) -> Path:

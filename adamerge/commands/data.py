@@ -15,7 +15,7 @@ from adamerge.commands.bench import benchmark_file
 from adamerge.data.checking import Report, check_source
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.errors import InputError, nearest
-from adamerge.progress import console
+from adamerge.progress import console, print_columns, terminal
 
 _PARTS = {"test": ("n_test", "digest"), "adapt": ("n_adapt", "adapt_digest")}
 _EXIT_DATA = 3
@@ -133,20 +133,15 @@ def _print_json(reports: Mapping[tuple[str, str], Report]) -> None:
 
 
 def _print(reports: Mapping[tuple[str, str], Report]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in ("task", "part", "files", "images", "classes", "per class", "digest"):
-        table.add_column(column, justify="right" if column in ("files", "images", "classes") else "left")
+    lines = []
     for (name, part), report in reports.items():
         sizes, per_class = max(len(report.classes), len(report.per_class)), report.per_class
         spread = f"{min(per_class)}-{max(per_class)}" if per_class else "-"
         count = f"{report.images} texts" if report.kind == "texts" else report.images
         cells = (report.files, count, sizes, spread, report.digest[:12])
-        table.add_row(name, part, *map(str, cells))
-    out = Console()
-    out.print(table)
+        lines.append([name, part, *map(str, cells)])
+    print_columns(["task", "part", "files", "images", "classes", "per class", "digest"], lines)
+    out = terminal()
     for (name, part), report in reports.items():
         for problem in report.problems:
             out.print(f"{name}, {part}: {problem}", markup=False, soft_wrap=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 from adamerge import provenance
 from adamerge.arguments import parse
 from adamerge.atomic import refuse_existing
-from adamerge.checkpoints import save_stream
+from adamerge.checkpoints import loading_code, save_stream
 from adamerge.commands.sources import Sources
 from adamerge.errors import InputError, nearest
 from adamerge.models.fisher import FisherMode
-from adamerge.progress import console
+from adamerge.progress import duration, print_line
 from adamerge.static import EDITS, METHODS, Method, expert_tensors, merged_tensors
 from adamerge.static import edit as edit_vectors
 from adamerge.vectors import TaskVectors
@@ -132,7 +132,10 @@ def merge(
         card=lambda: provenance.model_card(sources.given, digests(), recipe),
         metadata={"adamerge": json.dumps(recipe)},
     )
-    console.print(f"{method} of {len(vectors.tasks)} experts: {target} ({time.monotonic() - began:.1f} s)")
+    print_line(
+        f"{method} of {len(vectors.tasks)} experts: {target} ({duration(time.monotonic() - began)}). "
+        f"Load it: {loading_code(target)}"
+    )
     return 0
 
 

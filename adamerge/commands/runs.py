@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from adamerge import provenance
 from adamerge.benchmarks import Benchmark, configs, copy_folder
-from adamerge.checkpoints import open_checkpoint
+from adamerge.checkpoints import loading_code, open_checkpoint
 from adamerge.data.module import LABELS, MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
 from adamerge.fitting import run, shared_file, weight_digests
 from adamerge.models import open_backbone
-from adamerge.progress import console
-from adamerge.results import read_row
+from adamerge.progress import console, duration, print_line
+from adamerge.results import outcome, read_row
 
 DEMO_METHODS = (
     "zero_shot",
@@ -42,7 +43,7 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
         out: Folder of the table, pictures, curves and the merged model.
         overwrite: Begin anew instead of continuing what an earlier demo began.
     """
-    folder = Path(out)
+    folder, began = Path(out), time.monotonic()
     if overwrite and (folder / "methods").is_dir():
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()) and not (folder / "methods").is_dir():
@@ -62,8 +63,10 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
         shutil.copyfile(shown / name, folder / name)
     copy_folder(shown / "merged", folder / "merged")
     benchmark.write(rows, "adamerge demo: top-1 accuracy, %")
-    console.print(f"Table, pictures and the merged model are in {folder} (coefficients of {_SHOWN}).")
-    console.print(f'Load it without adamerge: open_clip.create_model("local-dir:{folder / "merged"}")')
+    print_line(
+        f"{_SHOWN}: {outcome(rows[DEMO_METHODS.index(_SHOWN)])}; {duration(time.monotonic() - began)}. "
+        f"Table, pictures and the merged model: {folder}. Load it: {loading_code(folder / 'merged')}"
+    )
     return 0
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from adamerge import callbacks, provenance
 from adamerge.atomic import write_text
-from adamerge.checkpoints import locate
+from adamerge.checkpoints import loading_code, locate
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, InputError
 from adamerge.evaluation import Evaluation
@@ -27,8 +28,16 @@ from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.fitting.composing import merge_task
 from adamerge.mixture import latency, stored
 from adamerge.plots import write_routing
-from adamerge.progress import console
-from adamerge.results import ResultRow, make_row, print_table, write_predictions, write_row
+from adamerge.progress import console, duration, print_line
+from adamerge.results import (
+    ResultRow,
+    doubts,
+    make_row,
+    outcome,
+    print_table,
+    write_predictions,
+    write_row,
+)
 from adamerge.shipped import config_files, default_recipe, names_a_method
 from adamerge.tracking import SafeWandbLogger
 
@@ -68,7 +77,7 @@ class RunCLI(LightningCLI):
     """One run: its parser, its folder, its callbacks and what it leaves behind."""
 
     def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
-        self._command = command
+        self._command, self._began = command, time.monotonic()
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]  no static one can know
@@ -204,6 +213,11 @@ class RunCLI(LightningCLI):
             provenance.write_manifest(self.folder)
             print_table([row], str(self.folder))
             self._log(row)
+            print_line(
+                f"{self.settings.method}: {outcome(row)}; {self.trainer.global_step} steps, "
+                f"{duration(time.monotonic() - self._began)}. Files: {self.folder}. "
+                f"Load it: {loading_code(self.folder / 'merged')}"
+            )
 
     def after_validate(self) -> None:
         """Print the label-free measures."""
@@ -230,7 +244,7 @@ class RunCLI(LightningCLI):
         individual = task.evaluate_experts() if self.settings.evaluate_experts else None
         selector = self.config_init[str(self.subcommand)].selector
         shared = [name for name, count in data.transductive().items() if count]
-        return make_row(
+        row = make_row(
             self.settings.method,
             evaluation.known,
             individual,
@@ -241,6 +255,9 @@ class RunCLI(LightningCLI):
             details=self._start_details() | self._routing_details(evaluation) | self._agreement(),
             provenance=provenance.read_inputs(self.folder),
         )
+        n_classes = {name: len(head.weight) for name, head in task.heads.items()}
+        row.notes += doubts(individual or {}, n_classes, row)
+        return row
 
     def _beyond_one_model(self) -> list[str]:
         """Say so where labels of adaptation images were read, and where tasks have parts of their own."""

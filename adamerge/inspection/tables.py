@@ -8,9 +8,9 @@ from itertools import accumulate
 from adamerge.errors import shortlist
 from adamerge.inspection.geometry import Geometry, Ranks
 from adamerge.inspection.report import Report
+from adamerge.progress import print_columns, terminal
 
 _LINES = 16  # what a terminal shows of a table
-_LOG_WIDTH = 160  # a file has no width of its own
 _REASONS = {
     "integer": "integers and booleans",
     "excluded": "excluded",
@@ -88,22 +88,11 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
 
 def show(report: Report) -> None:
     """Print the report to the terminal, long tables cut."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as RichTable
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_LOG_WIDTH)
-    for table in (_cut(table, console.width) for table in tables_of(report)):
-        drawn = RichTable(*map(escape, table.header), title=table.title, title_justify="left")
-        for place, column in enumerate(drawn.columns):
-            column.overflow, column.justify = "fold", "right" if place else "left"
-        for line in table.lines:
-            drawn.add_row(*map(escape, line))
-        console.print(drawn)
+    out = terminal()
+    for table in (_cut(table, out.width) for table in tables_of(report)):
+        print_columns(table.header, table.lines, table.title)
     for text in sentences_of(report):
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cut(table: Table, width: int) -> Table:

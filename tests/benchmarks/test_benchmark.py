@@ -19,7 +19,7 @@ from adamerge.benchmarks import Benchmark, configs, expert_statistics
 from adamerge.benchmarks import run as benchmark_module
 from adamerge.checkpoints import locate
 from adamerge.commands import runs
-from adamerge.errors import AdamergeWarning, InputError
+from adamerge.errors import InputError
 from adamerge.fitting import run
 from adamerge.models import Head
 
@@ -200,8 +200,7 @@ def test_embedded_models_are_found_by_name(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
-    with pytest.warns(AdamergeWarning, match="it ran away"):  # teacher KL lets a norm's weight go far
-        assert runs.demo(str(out)) == 0
+    assert runs.demo(str(out)) == 0  # and warns of nothing: the selector judged what was learned
     return out
 
 

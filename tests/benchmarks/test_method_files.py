@@ -26,7 +26,11 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> Path:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 draw(1000 * t + 100 * len(part) + i, label).save(file)
         classes = sorted(CLASSES[task])
-        rows[task] = {"adapt": str(root / task / "adapt"), "test": str(root / task / "test"), "classes": classes}
+        rows[task] = {
+            "adapt": str(root / task / "adapt"),
+            "test": str(root / task / "test"),
+            "classes": classes,
+        }
     return write_benchmark(root, clip, rows, tasks=TASKS[:2])
 
 

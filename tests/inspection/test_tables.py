@@ -49,7 +49,7 @@ def test_pairs_hold_cosines_below_and_conflicts_above_the_diagonal() -> None:
 def test_a_terminal_gets_the_lines_and_columns_that_fit_and_the_number_of_others(
     many: Report, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adamerge.inspection.tables._LOG_WIDTH", 80)
+    monkeypatch.setenv("COLUMNS", "80")
     show(many)
     shown = capsys.readouterr().out
     assert "and 4 more" in shown  # of 20 blocks

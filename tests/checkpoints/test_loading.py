@@ -1,0 +1,35 @@
+"""The line that opens a merged model is right for every layout that is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adamerge.checkpoints import loading_code
+
+
+@pytest.mark.parametrize(
+    ("files", "code"),
+    [
+        ({"open_clip_config.json": {}}, "open_clip.create_model('local-dir:{}')"),
+        ({"config.json": {"architectures": ["ViTModel"]}}, "transformers.ViTModel.from_pretrained('{}')"),
+        ({"config.json": {"architecture": "resnet18"}}, "timm.create_model('local-dir:{}')"),
+        (
+            {"modules.json": [], "config.json": {"architectures": ["BertModel"]}},
+            "sentence_transformers.SentenceTransformer('{}')",
+        ),
+        ({"adamerge.json": {"kind": "mixture"}, "open_clip_config.json": {}}, "adamerge.load('{}')"),
+        ({}, "adamerge.open_checkpoint('{}')"),
+        ({"config.json": 3}, "adamerge.open_checkpoint('{}')"),
+    ],
+)
+def test_a_folder_is_opened_by_its_own_library(files: dict[str, Any], code: str, tmp_path: Path) -> None:
+    for name, document in files.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    assert loading_code(tmp_path) == code.format(tmp_path)
+
+
+def test_a_file_is_read_by_safetensors(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    assert loading_code(file) == f"safetensors.torch.load_file('{file}')"
