@@ -1,8 +1,10 @@
 """Where a result comes from: digests of its inputs and files, and the model card that tells it."""
 
+import contextlib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,17 @@ import yaml
 
 import adamerge
 from adamerge.atomic import write_text
-from adamerge.errors import InputError, shortlist
+from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.results import ResultRow, agreements, make_row, markdown, markdown_table
 
 MANIFEST, INPUTS = "manifest.json", "inputs.json"
 SCHEMA_VERSION = 1  # of the files that a run writes
+_LIBRARIES = (
+    *("torch", "torchvision", "pytorch-lightning", "open_clip_torch", "transformers", "tokenizers", "timm"),
+    *("pillow", "numpy", "datasets"),
+)
+_VERSIONS = ("preprocessing.library", "preprocessing.pillow")  # of libraries: what they give is hashed itself
+_NAMED = ("weights", "data", "files", "tasks", "config.data.tasks", "config.model.experts")
 _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "folder",
     "config.trainer.max_steps",
@@ -56,14 +64,17 @@ _VOLATILE = ("wandb",)  # W&B goes on writing to its folder
 
 
 def code_version() -> dict[str, str]:
-    """Give version and digest of adamerge's own source, and versions of what computes."""
-    from importlib.metadata import version
+    """Return version and digest of adamerge's own source, and versions of what changes numbers."""
+    from importlib.metadata import PackageNotFoundError, version
 
     package = Path(adamerge.__file__).parent
     total = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         total.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    libraries = {name: version(name) for name in ("torch", "pytorch-lightning", "open_clip_torch")}
+    libraries = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # built from source, under another name
+            libraries[name] = version(name)
     return {"adamerge": adamerge.__version__, "source": total.hexdigest(), **libraries}
 
 
@@ -73,7 +84,11 @@ def read_inputs(folder: Path) -> dict[str, Any]:
 
 
 def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume a run whose configuration, weights or data have changed.
+    """Refuse to resume a run whose configuration, weights, data or models' own settings have changed.
+
+    Other versions of the libraries are told in a warning: they may change the last digits, and whether they
+    change what the model reads is known from the digests of the data. What a run of an older adamerge did not
+    record is not compared.
 
     Raises:
         InputError: What changed.
@@ -83,9 +98,9 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
             f"this run was written in schema {before.get('schema_version')}, here it is {SCHEMA_VERSION}.",
             "Resume it with the version of adamerge that began it, or start anew.",
         )
-    old, new = _flatten({k: before[k] for k in before if k != "code"}), _flatten(dict(now))
-    changed = [key for key in old if old[key] != new.get(key)]
-    changed += [key for key in new if key not in old and not key.startswith("code")]
+    old, new = (_flatten({key: part[key] for key in part if key != "code"}) for part in (before, now))
+    changed = [key for key in old if old[key] != new.get(key) and key not in _VERSIONS]
+    changed += [key for key in new if key not in old and _was_recorded(key, before, now)]
     decays = old.get("config.model.decay", "none") != "none"  # the rate depends on the last step
     changed = [
         key
@@ -98,6 +113,56 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
             f"this run cannot be resumed, its inputs changed: {shortlist(found, 3)}.",
             "Restore them, or pass --resume_anyway true.",
         )
+    _warn_of_versions(before, now)
+
+
+def _was_recorded(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Tell whether a run would have recorded an input that it does not have: all of the same adamerge's own.
+
+    One of an older adamerge had all names of tasks, models and files then, but not the options of today.
+    """
+    if key.partition(".")[0] not in before:
+        return False
+    if before.get("code", {}).get("source") == now.get("code", {}).get("source"):
+        return True
+    place = next((place for place in _NAMED if key.startswith(f"{place}.")), None)
+    if place is None:
+        return False
+    name = key.removeprefix(f"{place}.")
+    return not any(name.startswith(f"{known}.") for known in _part(before, place))
+
+
+def _part(tree: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Return what lies at a dotted place; empty where nothing does."""
+    found: Any = tree
+    for name in place.split("."):
+        found = found.get(name, {}) if isinstance(found, Mapping) else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _warn_of_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    old, new = before.get("code", {}), now.get("code", {})
+    changed = [
+        f"{name} {old[name]} (now {new[name]})" for name in old if new.get(name, old[name]) != old[name]
+    ]
+    changed = [text for text in changed if not text.startswith("source ")]
+    if changed:
+        warnings.warn(
+            f"this run was begun with {', '.join(changed)}: numbers may differ in their last digits.",
+            AdamergeWarning,
+            stacklevel=3,
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compare two trees of settings.
+
+    Returns:
+        One line per setting that differs: "KEY: OLD before, NEW now".
+    """
+    old, new = _flatten(dict(before)), _flatten(dict(now))
+    changed = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
+    return [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
 
 
 def write_manifest(folder: Path) -> None:

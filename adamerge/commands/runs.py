@@ -17,7 +17,7 @@ from adamerge.checkpoints import loading_code, open_checkpoint
 from adamerge.data.module import LABELS, MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
-from adamerge.fitting import run, shared_file, weight_digests
+from adamerge.fitting import model_settings, run, shared_file, weight_digests
 from adamerge.models import open_backbone
 from adamerge.progress import console, duration, print_line
 from adamerge.results import outcome, read_row
@@ -80,7 +80,7 @@ def verify(folder: str) -> int:
     problems = provenance.changed_files(path)
     inputs = provenance.read_inputs(path)
     with _where_it_began(inputs):
-        problems += [f"{name}: changed since the run" for name in _changed_inputs(inputs)]
+        problems += _changed_inputs(inputs)
     if problems:
         raise InputError(f"{folder} is not as it was written:\n" + "\n".join(problems))
     console.print(f"{folder}: all files and inputs are as they were.")
@@ -123,7 +123,7 @@ def _where_it_began(inputs: dict[str, Any]) -> contextlib.chdir[str]:
 
 
 def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
-    """Hash base, experts and images again, and name those that differ."""
+    """Hash base, experts and images again, read their settings, and name what differs."""
     model, data = inputs["config"]["model"], dict(inputs["config"]["data"])
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
     images = MultiTaskData(tasks, cache=False)  # what was remembered of files proves nothing
@@ -132,8 +132,13 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     weights = weight_digests(model["base"], sources, fresh=True)
     labelled = any(name.endswith(LABELS) for name in inputs["data"])
     found = {"weights": weights, "data": images.fingerprint(labelled=labelled)}
-    return [
-        f"{kind} {name}"
+    if "files" in inputs:  # runs of older versions have not recorded them
+        settings = model_settings(model["base"], model["experts"])
+        problems = [f"files {line}" for line in provenance.differences(inputs["files"], settings)]
+    else:
+        problems = []
+    return problems + [
+        f"{kind} {name}: changed since the run"
         for kind, digests in found.items()
         for name, value in digests.items()
         if value != inputs[kind].get(name)

@@ -1,7 +1,9 @@
 """`adamerge fit | validate | test | predict`: from files to a MergeTask, and a run with its folder."""
 
 from adamerge.fitting.composing import (
+    class_names,
     merge_task,
+    model_settings,
     open_vectors,
     shared_file,
     shared_model,
@@ -11,7 +13,9 @@ from adamerge.fitting.running import RunCLI, run
 
 __all__ = [
     "RunCLI",
+    "class_names",
     "merge_task",
+    "model_settings",
     "open_vectors",
     "run",
     "shared_file",

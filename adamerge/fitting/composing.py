@@ -1,5 +1,7 @@
 """From the values of a configuration to a MergeTask: files opened, a shared model made, parts joined."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from torch.optim import Optimizer
 
 from adamerge.checkpoints import adapter_digest, is_adapter, locate, open_checkpoint
 from adamerge.checkpoints.foreign_code import require_no_code
+from adamerge.checkpoints.settings import settings_of
 from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
@@ -164,6 +167,22 @@ def open_vectors(
         force=force,
     )
     return vectors, backbone
+
+
+def model_settings(base: str, experts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Describe what lies beside the weights of base and experts and decides results: see `settings_of`."""
+    return {role: settings_of(locate(path, role)) for role, path in {"base": base, **experts}.items()}
+
+
+def class_names(tasks: Mapping[str, TaskSpec]) -> dict[str, dict[str, str]]:
+    """Hash every task's class names and templates, wherever they come from."""
+    named = {task: {"classes": spec.classes, "templates": spec.templates} for task, spec in tasks.items()}
+    return {
+        task: {
+            kind: hashlib.sha256(json.dumps(list(names)).encode()).hexdigest() for kind, names in row.items()
+        }
+        for task, row in named.items()
+    }
 
 
 def weight_digests(base: str, experts: Mapping[str, str], *, fresh: bool = False) -> dict[str, str]:

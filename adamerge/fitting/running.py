@@ -25,7 +25,7 @@ from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, InputError
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
-from adamerge.fitting.composing import merge_task
+from adamerge.fitting.composing import class_names, merge_task, model_settings
 from adamerge.mixture import latency, stored
 from adamerge.plots import write_routing
 from adamerge.progress import console, duration, print_line
@@ -336,6 +336,8 @@ class RunCLI(LightningCLI):
             "folder": str(Path.cwd()),  # relative paths of the configuration start here
             "weights": dict(self.model.vectors.digests),
             "data": self.datamodule.fingerprint(labelled=self.model.objective.needs_labels),
+            "files": model_settings(self.settings.model.base, self.settings.model.experts),
+            "tasks": class_names(self.datamodule.tasks),
             "preprocessing": json.loads(self.model.backbone.transform_key or "{}"),
             "config": yaml.safe_load(self._resolved),
             "code": provenance.code_version(),
