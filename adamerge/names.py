@@ -12,7 +12,15 @@ _PATCHES = re.compile(r"(.*\.)?(conv1|conv_proj|projection|patch_embedding|patch
 _WIDTHS = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}
 _LAYER = re.compile(r"\b(?:layers?|resblocks|blocks?|h)\.(\d+)\.")
 _VOCABULARY = re.compile(r"embed_tokens|token_embedding|word_embeddings|\bwte\b|lm_head|\bshared\b|vocab")
-_QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|SCB|absmax|quant_map|weight_scale(_inv)?)")
+# What quantisation methods store beside or instead of a weight: GPTQ and AWQ, bitsandbytes, fp8 and
+# compressed-tensors, HQQ, torchao, quanto, AQLM, EETQ, ModelOpt.
+_QUANTISED = re.compile(
+    r"(.*\.)?(qweight|qzeros|g_idx|SCB|weight_format|(nested_)?absmax|(nested_)?quant_map|quant_state\..*"
+    r"|weight_scales?(_inv|_2)?|weight_zero_point|weight_packed|weight_shape|(weight|input)_global_scale"
+    r"|W_q|weight:_data.*|weight_qdata|_weight_(qdata|scale.*)|weight\._(data|scale|shift)|codebooks|qscales?)"
+    r"|(.*\.)?weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
+)
+_WEIGHT = re.compile(r"(.*\.)?(weight|weights|bias|in_proj_weight|kernel|embedding)")
 
 
 def require_file_names(tasks: Iterable[str]) -> None:
@@ -50,9 +58,41 @@ def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
 
 def extra_hint(extra: Iterable[str]) -> str:
     """Tell a quantised expert by its names, or say how to go on."""
-    if any(_QUANTISED.fullmatch(name) for name in extra):
+    if any(is_of_quantisation(name) for name in extra):
         return "It looks quantised: dequantise first."
     return f"If they may be left out, {_passing('exclude')}"
+
+
+def is_of_quantisation(name: str) -> bool:
+    """Return whether a tensor's name is one that only quantised models have, such as ``qweight``."""
+    return _QUANTISED.fullmatch(name) is not None
+
+
+def is_weight(name: str) -> bool:
+    """Return whether a name is that of a weight, which no model stores as integers unless it is quantised."""
+    return _WEIGHT.fullmatch(name) is not None
+
+
+def keep_hint(names: Sequence[str], others: Iterable[str]) -> str:
+    """Return how the base's values of some tensors are kept, and no others'."""
+    return f"To keep the base's values, {_passing('exclude', patterns_of(names, others))}"
+
+
+def patterns_of(names: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return few patterns that match all of some names, and none of the others.
+
+    Args:
+        names: What is to be matched; what shares its first parts becomes one pattern (``classifier.*``).
+        others: What may not be matched.
+    """
+    others, patterns = [*set(others).difference(names)], dict[str, None]()
+    for name in names:
+        parts = name.split(".")
+        heads = (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
+        head = next((h for h in heads if not any(other.startswith(h) for other in others)), "")
+        shared = sum(other.startswith(head) for other in names) > 1 if head else False
+        patterns[f"{head}*" if shared else name] = None
+    return [*patterns]
 
 
 def shape_hint(differing: Mapping[str, tuple[Shape, Shape]]) -> str:

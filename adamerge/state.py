@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,6 +14,9 @@ from torch import Tensor
 from adamerge.errors import InputError, shortlist
 from adamerge.names import (
     extra_hint,
+    is_of_quantisation,
+    is_weight,
+    keep_hint,
     looks_like,
     missing_hint,
     needed_of,
@@ -71,43 +74,65 @@ def is_mergeable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
+@runtime_checkable
+class _Partial(Protocol):
+    """A state that knows which whole modules only it or only its base has, as a renamed checkpoint does."""
+
+    outside: frozenset[str]
+
+
 def audit(
     base: State,
     experts: Mapping[str, State],
     *,
     allow_missing: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    required: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Check that every expert fits the base, before any arithmetic.
 
     An expert that holds an image tower alone, and all of it, fits a complete CLIP. A name that the base
-    lacks is ignored where it is an alias: a tensor that an expert with tied weights stores twice.
+    lacks is ignored where it is an alias: a tensor that an expert with tied weights stores twice. So is a
+    head beside a base without one, and the base's head beside an expert without one. Integers that one
+    side lacks are ignored, for no merge changes them.
 
     Args:
         base: The base model's tensors.
         experts: Each expert's tensors, by task name.
         allow_missing: Patterns (``fnmatch``) of names that experts may lack; the base's values stand.
         exclude: Patterns of names that stay the base's, whatever the experts hold.
+        required: Names that experts may not lack though they are parts of a head.
 
     Returns:
         The names that take part in the merge, in sorted order: floating point, in at least one expert.
 
     Raises:
         InputError: A task name cannot be a file name; a tensor has no values; or, in one message and per
-            expert, all tensors that are missing, unexpected, of another shape or quantised.
+            expert, all tensors that are missing, unexpected, of another shape, quantised, or constants
+            that differ.
     """
     require_file_names(experts)
     ours = _infos("base", base, exclude)
-    problems = [f"base: {text}" for text in _quantised_problems(ours, ours)]
-    present: set[str] = set()
+    roles = {
+        task: f"expert {task!r}" + (f" ({expert.root})" if isinstance(expert, _Rooted) else "")
+        for task, expert in experts.items()
+    }
+    infos = {task: _infos(roles[task], expert, exclude) for task, expert in experts.items()}
+    wide = {n for theirs in infos.values() for n in theirs if is_mergeable(theirs[n].dtype)}
+    problems = [f"base: {text}" for text in _quantised_problems(ours, ours, wide)]
     for task, expert in experts.items():
-        role = f"expert {task!r}" + (f" ({expert.root})" if isinstance(expert, _Rooted) else "")
-        theirs = _infos(role, expert, exclude)
-        present.update(theirs)
-        theirs = {n: found for n, found in theirs.items() if not is_alias(n, expert, theirs, ours)}
-        problems += _problems_of(role, ours, theirs, allow_missing)
+        outside = expert.outside.difference(required) if isinstance(expert, _Partial) else frozenset()
+        theirs = {
+            name: found
+            for name, found in infos[task].items()
+            if (name in ours or name not in outside) and not is_alias(name, expert, infos[task], ours)
+        }
+        allowed = [*allow_missing, *outside]
+        problems += _problems_of(roles[task], ours, theirs, allowed)
+        problems += _constant_problems(roles[task], base, expert, ours, theirs)
     if problems:
         raise InputError("the experts do not fit the base:\n" + "\n".join(problems))
+    present = {name for theirs in infos.values() for name in theirs}
     return tuple(sorted(n for n in ours if n in present and is_mergeable(ours[n].dtype)))
 
 
@@ -135,7 +160,7 @@ def tied_names(base: State, experts: Mapping[str, State]) -> dict[str, str]:
 
 def _are_tied(name: str, alias: str, base: State, experts: Mapping[str, State]) -> bool:
     holders = [base, *(expert for expert in experts.values() if alias in expert)]
-    return all(name in state and _is_same(state[name], state[alias]) for state in holders)
+    return all(name in state and is_same(state[name], state[alias]) for state in holders)
 
 
 def is_alias(name: str, expert: State, theirs: Infos, ours: Infos) -> bool:
@@ -143,10 +168,10 @@ def is_alias(name: str, expert: State, theirs: Infos, ours: Infos) -> bool:
     if name in ours:
         return False
     twins = (other for other in theirs if other in ours and theirs[other] == theirs[name])
-    return any(_is_same(expert[name], expert[other]) for other in twins)
+    return any(is_same(expert[name], expert[other]) for other in twins)
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
+def is_same(a: Tensor, b: Tensor) -> bool:
     """Compare two tensors bit for bit, a sample first; what is constant is nobody's copy."""
     samples = as_bytes(_sample(a)), as_bytes(_sample(b))
     if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(*samples):
@@ -177,6 +202,10 @@ def _problems_of(role: str, ours: Infos, theirs: Infos, allowed: Sequence[str]) 
     needed = needed_of(ours, theirs)
     missing = [n for n in needed if n not in theirs and not matches(n, allowed)]
     extra = [n for n in theirs if n not in ours]
+    if all(_is_constant_buffer(n, ours[n]) for n in missing):
+        missing = []
+    if all(_is_constant_buffer(n, theirs[n]) for n in extra):
+        extra = []
     shapes = {n: (theirs[n].shape, ours[n].shape) for n in theirs if n in ours}
     differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
     seen = looks_like({n: i.shape for n, i in theirs.items()}, {n: ours[n].shape for n in needed})
@@ -195,16 +224,63 @@ def _problems_of(role: str, ours: Infos, theirs: Infos, allowed: Sequence[str]) 
     yield from (f"{role}: {text}" for text in _quantised_problems(theirs, ours))
 
 
-def _quantised_problems(found: Infos, ours: Infos) -> Iterable[str]:
-    names = [
-        name
-        for name, (_, dtype) in found.items()
-        if is_quantised(dtype)
-        or (name in ours and is_mergeable(ours[name].dtype) and not is_mergeable(dtype))
-    ]
+def _is_constant_buffer(name: str, found: TensorInfo) -> bool:
+    """Return whether a tensor is an integer buffer, which no merge changes, and no code of a quantisation."""
+    return not (is_mergeable(found.dtype) or found.dtype.is_complex or is_coded(name, found))
+
+
+def is_coded(name: str, found: TensorInfo, wanted: TensorInfo | None = None) -> bool:
+    """Return whether a tensor holds codes of a quantisation, or what decodes them.
+
+    Args:
+        name: Its name.
+        found: Its shape and dtype.
+        wanted: Shape and dtype of the tensor that the other side has under this name, if any.
+    """
+    is_integer = not (is_mergeable(found.dtype) or found.dtype.is_complex)
+    return (
+        is_quantised(found.dtype)
+        or is_of_quantisation(name)
+        or (is_integer and (is_weight(name) or (wanted is not None and is_mergeable(wanted.dtype))))
+    )
+
+
+def _quantised_problems(found: Infos, ours: Infos, wide: Collection[str] = ()) -> Iterable[str]:
+    """Say which tensors are quantised; `wide` are names that another model stores as floating point."""
+    names = [n for n, i in found.items() if is_coded(n, i, ours.get(n))]
+    names += [n for n in wide if n in found and n not in names and not is_mergeable(found[n].dtype)]
     if names:
         dtypes = shortlist(sorted({str(found[name].dtype) for name in names}))
         yield f"quantised tensors {shortlist(names)}: dequantise first (found {dtypes})."
+
+
+def differing_constants(base: State, expert: State, ours: Infos, theirs: Infos) -> list[str]:
+    """List tensors that no merge changes, integers and complex numbers, of which base and expert differ.
+
+    Counters of one number may differ, as those of batch norms do. What is quantised by its dtype or name
+    is left out.
+    """
+    return [
+        name
+        for name, found in theirs.items()
+        if name in ours
+        and not is_mergeable(found.dtype)
+        and found.shape == ours[name].shape
+        and math.prod(found.shape) > 1
+        and not is_mergeable(ours[name].dtype)
+        and not is_coded(name, found)
+        and not torch.equal(base[name], expert[name])
+    ]
+
+
+def _constant_problems(role: str, base: State, expert: State, ours: Infos, theirs: Infos) -> Iterable[str]:
+    names = differing_constants(base, expert, ours, theirs)
+    if names:
+        dtypes = shortlist(sorted({str(theirs[name].dtype) for name in names}))
+        yield (
+            f"{role}: {len(names)} tensors of {dtypes} differ from the base, which no merge changes: "
+            f"{shortlist(names)}. Quantised? Dequantise first. {keep_hint(names, ours)}"
+        )
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,10 +1,11 @@
 """Any published checkpoint to a lazy State, and a State back to the same layout."""
 
-from adamerge.checkpoints.adapter import Adapter, adapter_digest, is_adapter, open_adapter
+from adamerge.checkpoints.adapter import Adapter, adapter_digest, open_adapter
 from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
+from adamerge.checkpoints.layout import is_adapter
 from adamerge.checkpoints.loading import loading_code
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader

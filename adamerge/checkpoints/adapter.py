@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.checkpoints.hub import local_path
 from adamerge.checkpoints.lora import CONFIG, MERGE_HINT, WEIGHTS, Edit, read_edits
-from adamerge.checkpoints.reading import INDEX, SINGLE_FILES, Checkpoint
+from adamerge.checkpoints.reading import Checkpoint
 from adamerge.errors import InputError, shortlist
 from adamerge.names import PREFIXES
 from adamerge.state import State, TensorInfo, info, is_mergeable
@@ -98,12 +98,6 @@ class Adapter(Mapping[str, Tensor]):
             return factors[0]
         b, a = (factor.flatten(1) for factor in factors)
         return (b @ a).T if edit.transposed else (b @ a).reshape(edit.shape)
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Tell whether a local folder holds a PEFT adapter and no complete model."""
-    root = Path(path)
-    return (root / CONFIG).is_file() and not any((root / name).exists() for name in (INDEX, *SINGLE_FILES))
 
 
 def adapter_digest(root: Path) -> str:

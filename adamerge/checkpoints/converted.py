@@ -10,14 +10,10 @@ from safetensors.torch import save_file
 from adamerge.atomic import atomic_folder
 from adamerge.cache import cache_folder
 from adamerge.checkpoints.contents import choose, tensors_in
+from adamerge.checkpoints.layout import PICKLED
 from adamerge.checkpoints.pickled import open_pickled, read_all
 from adamerge.digests import sha256
 from adamerge.errors import AdamergeWarning
-
-PICKLED = {
-    "pytorch_model.bin": "model.safetensors",
-    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-}
 
 
 def with_safetensors(folder: Path, role: str) -> Path:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from adamerge import zoo
-from adamerge.checkpoints.converted import PICKLED, with_safetensors
+from adamerge.checkpoints.converted import with_safetensors
+from adamerge.checkpoints.layout import PICKLED
 from adamerge.checkpoints.open_clip_source import PREFIX as OPEN_CLIP
 from adamerge.checkpoints.open_clip_source import open_clip_folder
 from adamerge.data.tasks import EMBEDDED

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adamerge.checkpoints.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
 from adamerge.checkpoints.reading import Checkpoint
 from adamerge.errors import InputError, shortlist
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, ADAPTER_WEIGHTS
 MERGE_HINT = (
     "Merge it with PEFT, PeftModel.from_pretrained(...).merge_and_unload(), and give what that saves."
 )
@@ -63,10 +64,13 @@ def read_edits(root: Path) -> tuple[Checkpoint, dict[str, Edit]]:
             reproduced here.
     """
     if not (root / WEIGHTS).is_file():
-        found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        pickled = next((root / name for name in names if PICKLED.get(name) == WEIGHTS), None)
         raise InputError(
-            f"{root} has no {WEIGHTS}; it holds: {shortlist(found) or 'nothing'}.",
-            "A pickle (adapter_model.bin) can run code: load it with PEFT and save_pretrained() it again.",
+            f"{root} has no {WEIGHTS}; it holds: {shortlist(names) or 'nothing'}.",
+            f"Read the pickle without running it: adamerge convert {pickled}"
+            if pickled
+            else "Download or save the adapter again.",
         )
     settings, tensors = _settings(root / CONFIG), Checkpoint(root, (root / WEIGHTS,))
     edits: dict[str, Edit] = {}

@@ -15,13 +15,12 @@ from torch import Tensor
 from adamerge.checkpoints.diagnosis import in_units, refusal
 from adamerge.checkpoints.header import DTYPES, Entry, read_header
 from adamerge.checkpoints.hub import local_path
+from adamerge.checkpoints.layout import INDEX, refuse_quantised_settings, variants, weight_file
 from adamerge.digests import sha256
 from adamerge.errors import InputError, shortlist
 from adamerge.state import TensorInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE_FILES = ("open_clip_model.safetensors", "model.safetensors")  # as `open_backbone` looks at folders
-_PICKLED_FILES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
+_SAFETENSORS, _JSON = ".safetensors", ".json"
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -33,10 +32,17 @@ class Checkpoint(Mapping[str, Tensor]):
     Args:
         root: The file or folder that was opened.
         files: The safetensors files, in the order of their index.
+        index: The index that names the files, where there is one.
+
+    Attributes:
+        outside: Names of whole modules that only this checkpoint or only its base has, such as heads.
+        dialect: How the names in the files were changed, for people; empty where they are as they stand.
     """
 
-    def __init__(self, root: Path, files: tuple[Path, ...]) -> None:
-        self.root, self.files = root, files
+    def __init__(self, root: Path, files: tuple[Path, ...], index: Path | None = None) -> None:
+        self.root, self.files, self.index = root, files, index
+        self.outside: frozenset[str] = frozenset()
+        self.dialect = ""
         self.metadata: dict[Path, dict[str, str]] = {}
         self._entries: dict[str, Entry] = {}
         for file in files:
@@ -92,14 +98,19 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         return entry
 
-    def renamed(self, names: Mapping[str, str]) -> "Checkpoint":
-        """Give the same files under other names, and without the tensors that have none.
+    def renamed(
+        self, names: Mapping[str, str], outside: frozenset[str] = frozenset(), dialect: str = ""
+    ) -> "Checkpoint":
+        """Return the same files under other names, and without the tensors that have none.
 
         Args:
-            names: From each new name to the old one.
+            names: From each new name to the old one; a tensor may have several.
+            outside: See the attribute.
+            dialect: See the attribute.
         """
         view = copy(self)
         view._entries = {new: self._entries[old] for new, old in names.items()}
+        view.outside, view.dialect = outside, dialect
         return view
 
     def file_digest(self, *, fresh: bool = False) -> str:
@@ -115,45 +126,64 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(path: str | Path, *, role: str = "checkpoint") -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
+    Of several files in a folder, the one is opened that the folder's own library would read.
+
     Args:
         path: A ``.safetensors`` file, a folder in Hugging Face or open_clip layout, or a hub id.
         role: Who this is ("base", "expert 'cars'"), for error messages.
 
     Raises:
-        InputError: The path is missing, holds no safetensors, or a file is damaged.
+        InputError: The path is missing, holds no safetensors, or a file is damaged; or the folder holds
+            quantised weights by its configuration, or an adapter beside full weights.
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
     root = local_path(path, role)
     try:
-        if (root / INDEX).exists():
-            return _open_shards(root)
-        return Checkpoint(root, (_file_of(root),))
+        if not root.is_dir():
+            return Checkpoint(root, (root,))
+        refuse_quantised_settings(root)
+        file = weight_file(root)
+        if file is None:
+            raise _without_weights(root)
+        if file.suffix == _JSON and file.stem.endswith(f"{_SAFETENSORS}.index"):
+            return _open_shards(root, file)
+        if file.suffix != _SAFETENSORS:
+            raise _pickled(file)
+        return Checkpoint(root, (file,))
     except InputError as error:
         raise InputError(f"{role}: {error}") from error
 
 
-def _file_of(root: Path) -> Path:
-    if root.is_file():
-        return root
-    for name in SINGLE_FILES:
-        if (root / name).exists():
-            return root / name
+def _without_weights(root: Path) -> InputError:
+    """Return the error that says what a folder holds instead of weights."""
     if (root / "adapter_config.json").exists():
-        raise InputError(
+        return InputError(
             f"{root} is a PEFT adapter.",
             "Merge it into its base first: PeftModel.from_pretrained(...).merge_and_unload().",
         )
-    for name in _PICKLED_FILES:
-        if (root / name).exists():
-            raise refusal(root / name)
-    raise InputError(
-        f"{root} holds none of {', '.join((INDEX, *SINGLE_FILES))}.",
+    if named := variants(root):
+        return InputError(
+            f"{root} holds no {INDEX.partition('.index')[0]}, but the variant {shortlist(named)}.",
+            f"Readers look for it only when asked: give {root / named[0]}, or rename it."
+            if named[0].endswith(_SAFETENSORS)
+            else "Readers look for it only when asked: rename it without the variant's name.",
+        )
+    return InputError(
+        f"{root} holds none of {INDEX}, open_clip_model.safetensors, model.safetensors.",
         f"It holds: {shortlist(sorted(p.name for p in root.iterdir())) or 'nothing'}.",
     )
 
 
-def _open_shards(root: Path) -> Checkpoint:
-    index = _read_index(root / INDEX)
+def _pickled(file: Path) -> InputError:
+    """Return the error that says how pickled weights can be read."""
+    if file.suffix == _JSON:
+        hint = f"Read them without running them: adamerge convert {file}"
+        return InputError(f"{file} names pickled shards, which can run code.", hint)
+    return refusal(file)
+
+
+def _open_shards(root: Path, file: Path) -> Checkpoint:
+    index = _read_index(file)
     shards = sorted(set(index["weight_map"].values()))
     absent = [shard for shard in shards if not (root / shard).exists()]
     if absent:
@@ -164,14 +194,18 @@ def _open_shards(root: Path) -> Checkpoint:
             + (f"; {in_units(here, total)} are there." if isinstance(total, int) else "."),
             f"Present: {shortlist(p.name for p in present) or 'none'}. Download the others.",
         )
-    found = Checkpoint(root, tuple(root / shard for shard in shards))
-    lost = [n for n, s in index["weight_map"].items() if n not in found or found.entry(n).file != root / s]
+    checkpoint = Checkpoint(root, tuple(root / shard for shard in shards), file)
+    lost = [
+        name
+        for name, shard in index["weight_map"].items()
+        if name not in checkpoint or checkpoint.entry(name).file != root / shard
+    ]
     if lost:
         raise InputError(
-            f"{root / INDEX} names tensors that its shards lack: {shortlist(lost)}.",
+            f"{file} names tensors that its shards lack: {shortlist(lost)}.",
             "The index and the shards come from different saves: download both again.",
         )
-    return found
+    return checkpoint
 
 
 def _read_index(file: Path) -> dict[str, Any]:

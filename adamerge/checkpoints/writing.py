@@ -12,7 +12,7 @@ from torch import Tensor
 from adamerge.atomic import atomic_file, atomic_folder, refuse_existing, require_free_space
 from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.header import make_header
-from adamerge.checkpoints.reading import INDEX, Checkpoint, open_checkpoint
+from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, NumericError, shortlist
 from adamerge.state import State, TensorInfo, as_bytes, first_nonfinite, info, is_mergeable, is_quantised
 
@@ -225,7 +225,7 @@ def _require_same_tensors(state: State, layout: Checkpoint) -> None:
 
 
 def _write_index(layout: Checkpoint, folder: Path, n_bytes: int) -> None:
-    if (layout.root / INDEX).exists():
-        index = json.loads((layout.root / INDEX).read_text(encoding="utf-8"))
+    if layout.index is not None:
+        index = json.loads(layout.index.read_text(encoding="utf-8"))
         index.setdefault("metadata", {})["total_size"] = n_bytes
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (folder / layout.index.name).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -1,24 +1,28 @@
 """`adamerge convert`: a pickled checkpoint as safetensors, without running anything of it."""
 
+import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from adamerge import __version__
-from adamerge.atomic import refuse_existing, require_free_space
-from adamerge.checkpoints import save_tensors
+from adamerge.atomic import refuse_existing, require_free_space, write_text
+from adamerge.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from adamerge.checkpoints.contents import choose, tensors_in
 from adamerge.checkpoints.diagnosis import in_units
+from adamerge.checkpoints.layout import INDEX, PICKLED_INDEX, converted_name, read_settings
 from adamerge.checkpoints.pickled import open_pickled, read_all
 from adamerge.checkpoints.stored import StoredTensor
 from adamerge.checkpoints.unpickling import Standin
 from adamerge.digests import sha256
 from adamerge.errors import InputError, shortlist
 
+Stored = TypeVar("Stored", StoredTensor, Tensor)
 _SIZES = {(768, 32): "ViT-B-32", (768, 16): "ViT-B-16", (1024, 14): "ViT-L-14"}
 # A layout, how its patch embedding and its blocks are named, and what its text tower has.
 _LAYOUTS = (
@@ -44,33 +48,83 @@ def convert(
     that asks to import what no checkpoint needs is refused.
 
     Args:
-        old: The pickled file (.pt, .pth, .bin, .ckpt, .pkl).
-        out: The file to write; default: beside the old one, with the suffix .safetensors.
+        old: The pickled file (.pt, .pth, .bin, .ckpt, .pkl), the index of pickled shards
+            (pytorch_model.bin.index.json), or a safetensors file whose names are to be stripped.
+        out: The file to write; default: beside the old one, under the name that readers look for:
+            model.safetensors for pytorch_model.bin, else the old name with the suffix .safetensors.
         key: Which part of the file is wanted, where it holds several: state_dict, model.visual, ...
         strip: What to take off the beginning of the tensors' names.
         overwrite: Replace the output if it exists.
     """
     source = Path(old)
-    target = Path(out) if out else source.with_suffix(".safetensors")
+    if source.name == PICKLED_INDEX and out is None and not key and not strip:
+        return _convert_shards(source, overwrite=overwrite)
+    target = Path(out) if out else source.with_name(converted_name(source))
+    if out is None and target == source:
+        raise InputError(f"{source} is a safetensors file.", "Give another file to write: --out FILE")
     refuse_existing(target, overwrite=overwrite)
-    with open_pickled(source) as found:
-        kind = found.origin if isinstance(found, Standin) else "a dictionary"
+    if source.suffix == ".safetensors":
+        lines = _rewrite(source, target, key, strip)
+    else:
+        lines = _convert_pickle(source, target, key, strip)
+    sys.stdout.write("\n".join([*lines, ""]))
+    return 0
+
+
+def _convert_pickle(source: Path, target: Path, key: str, strip: str) -> list[str]:
+    """Write the tensors of one pickled file, and return the lines that describe them."""
+    with open_pickled(source) as document:
+        kind = document.origin if isinstance(document, Standin) else "a dictionary"
         try:
-            part, left = choose(found, key)
+            part, left = choose(document, key)
             stored = _stripped({name or "weight": t for name, t in tensors_in(part).items()}, strip)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         require_free_space(target.parent, sum(tensor.n_bytes for tensor in stored.values()))
         tensors = read_all(stored, source)
-    metadata = {"format": "pt", "source": source.name, "source_sha256": sha256(source)}
-    save_tensors(tensors, target, metadata | {"converted_by": f"adamerge {__version__}"})
+    _save(tensors, source, target)
     lines = [f"{source} holds {kind}.", *_report(target, tensors)]
     lines += [f"Left out: {shortlist(left, 12)}."] if left else []
-    sys.stdout.write("\n".join([*lines, *_described(tensors), ""]))
+    return [*lines, *_described(tensors)]
+
+
+def _rewrite(source: Path, target: Path, key: str, strip: str) -> list[str]:
+    """Write a safetensors file's tensors under shorter names, and return the lines that describe them."""
+    if key:
+        raise InputError(f"{source} is a safetensors file, which has no key {key!r}.", "Leave --key out.")
+    checkpoint: Checkpoint = open_checkpoint(source, role=str(source))
+    require_free_space(target.parent, source.stat().st_size)
+    tensors = _stripped({name: checkpoint[name] for name in checkpoint}, strip)
+    _save(tensors, source, target)
+    return [*_report(target, tensors), *_described(tensors)]
+
+
+def _convert_shards(source: Path, *, overwrite: bool) -> int:
+    """Convert all shards of a pickled index, and write the index of the new files after them."""
+    places = read_settings(source).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise InputError(f"{source} is damaged or no index of shards beside it.", "Download it again.")
+    renamed = {name: converted_name(Path(name)) for name in dict.fromkeys(names)}
+    for name in [*renamed.values(), INDEX]:
+        refuse_existing(source.with_name(name), overwrite=overwrite)
+    weight_map: dict[str, str] = {}
+    for name, new in renamed.items():
+        lines = _convert_pickle(source.with_name(name), source.with_name(new), "", "")
+        sys.stdout.write("\n".join([*lines, ""]))
+        weight_map |= dict.fromkeys(open_checkpoint(source.with_name(new), role=new), new)
+    size = sum(source.with_name(new).stat().st_size for new in renamed.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_text(source.with_name(INDEX), json.dumps(index, indent=2))
     return 0
 
 
-def _stripped(stored: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+def _save(tensors: Mapping[str, Tensor], source: Path, target: Path) -> None:
+    metadata = {"format": "pt", "source": source.name, "source_sha256": sha256(source)}
+    save_tensors(tensors, target, metadata | {"converted_by": f"adamerge {__version__}"})
+
+
+def _stripped(stored: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
     """Take a prefix off the names that have it."""
     if prefix and not any(name.startswith(prefix) for name in stored):
         raise InputError(f"no name begins with {prefix!r}.", f"Names begin with: {_prefixes(stored)}.")

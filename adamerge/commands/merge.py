@@ -94,10 +94,10 @@ def merge(
         overwrite: Replace the output if it exists.
     """
     began, target, row = time.monotonic(), Path(out), _row(method)
-    refuse_existing(target, overwrite=overwrite)
     sources = Sources.find(base, experts)
     sources.protect_from(target)
     vectors = given = sources.open(allow_missing or (), exclude or (), force=force)
+    refuse_existing(target, overwrite=overwrite)
     asked = None if dtype is None else getattr(torch, dtype)
     recipe: dict[str, Any] = {"method": method, "options": dict(options), "dtype": dtype}
     if edit is None and edit_options:

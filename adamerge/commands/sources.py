@@ -10,6 +10,7 @@ from adamerge.checkpoints import locate
 from adamerge.checkpoints.foreign_code import code_notes
 from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.models.opening import require_same_function
+from adamerge.progress import console
 from adamerge.vectors import TaskVectors
 
 
@@ -95,6 +96,9 @@ class Sources:
         vectors = TaskVectors.open(
             self.base, self.experts, "stream", allow_missing=allow_missing, exclude=exclude, force=force
         )
+        for task, expert in vectors.origins.experts.items():
+            if dialect := getattr(expert, "dialect", ""):
+                console.print(f"expert {task!r}: its names are read {dialect}.", soft_wrap=True)
         names = {name for s in (vectors.origins.base, *vectors.origins.experts.values()) for name in s}
         idle = [p for p in (*allow_missing, *exclude) if not any(fnmatch(name, p) for name in names)]
         if idle:

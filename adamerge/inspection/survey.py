@@ -62,7 +62,7 @@ def inspect(
     return Report(
         tasks=vectors.tasks,
         problems=(*problems, *nonfinite_problems(walk.nonfinite), *_origin_problems(walk)),
-        notes=(*_notes(walk), *code_notes(_folders(base, experts))),
+        notes=(*_notes(walk, states), *code_notes(_folders(base, experts))),
         base=_facts(base, ours),
         experts={task: _facts(experts[task], state) for task, state in states.items()},
         misfits=tuple(rows),
@@ -119,8 +119,11 @@ def _origin_problems(walk: Walk) -> list[str]:
     return []
 
 
-def _notes(walk: Walk) -> Iterator[str]:
+def _notes(walk: Walk, states: Mapping[str, State]) -> Iterator[str]:
     vectors = walk.vectors
+    for task, state in states.items():
+        if dialect := getattr(state, "dialect", ""):
+            yield f"expert {task!r}: its names are read {dialect}."
     yield from (f"expert {task!r} equals the base." for task in walk.zero)
     yield from (f"experts {a!r} and {b!r} are equal." for a, b in walk.repeated)
     statistics = [name for name in vectors.blocks if name.endswith(_BATCH_NORM)]

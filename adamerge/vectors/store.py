@@ -1,5 +1,6 @@
 """TaskVectors: a base and its experts as differences, opened, audited and merged."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,8 +15,8 @@ from torch import Tensor
 from adamerge.checkpoints import is_adapter, local_path, open_adapter, open_checkpoint
 from adamerge.checkpoints.renaming import under_names_of
 from adamerge.compression import is_compressed, open_compressed
-from adamerge.errors import InputError, nearest
-from adamerge.state import State, audit, tied_names
+from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
+from adamerge.state import State, audit, matches, tied_names
 from adamerge.vectors.block import Block, Codec, Merge
 from adamerge.vectors.dense import CODEC_DTYPES, DenseCodec
 from adamerge.vectors.low_rank import LowRankCodec
@@ -93,7 +94,11 @@ class TaskVectors:
             raise InputError("no experts were given.", "Pass experts={NAME: PATH, ...}.")
         base_state = open_base(base, "base")
         expert_states = {task: open_expert(e, f"expert {task!r}", base_state) for task, e in experts.items()}
-        audited = audit(base_state, expert_states, allow_missing=allow_missing, exclude=exclude)
+        audited = audit(
+            base_state, expert_states, allow_missing=allow_missing, exclude=exclude, required=names or ()
+        )
+        if names is None:
+            _warn_of_heads(base_state, expert_states, [*allow_missing, *exclude])
         kept = [name for name in audited if names is None or name in names]
         if not kept:
             raise InputError(
@@ -238,7 +243,21 @@ def open_expert(source: Source, role: str, base: State) -> State:
         return open_adapter(path, base, role=role)
     if is_compressed(path):
         return open_compressed(path, base, role=role)
-    return under_names_of(base, open_checkpoint(path, role=role))
+    return under_names_of(base, open_checkpoint(path, role=role), role)
+
+
+def _warn_of_heads(base: State, experts: Mapping[str, State], patterns: Sequence[str]) -> None:
+    """Warn of modules that only the base or only an expert has, unless the user has named them."""
+    for task, expert in experts.items():
+        lone = sorted(n for n in getattr(expert, "outside", ()) if not matches(n, patterns))
+        left = [name for name in lone if name not in base]
+        kept = [name for name in lone if name in base]
+        if left:
+            said = f"expert {task!r} has {shortlist(left)}, which the base lacks: left out."
+            warnings.warn(said, AdamergeWarning, stacklevel=3)
+        if kept:
+            said = f"expert {task!r} has no {shortlist(kept)}: the base's values stand."
+            warnings.warn(said, AdamergeWarning, stacklevel=3)
 
 
 def _encode(codec: Codec, name: str, base: Tensor, vectors: Tensor) -> Block:

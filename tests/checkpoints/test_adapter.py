@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adamerge.checkpoints import hub, open_checkpoint
-from adamerge.checkpoints.adapter import is_adapter, open_adapter
+from adamerge.checkpoints import hub, is_adapter, open_checkpoint
+from adamerge.checkpoints.adapter import open_adapter
 from adamerge.errors import InputError
 from adamerge.state import LazyState, audit
 

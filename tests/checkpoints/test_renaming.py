@@ -69,7 +69,7 @@ def test_a_file_that_changed_is_refused_under_other_names_too(tmp_path: Path) ->
 
 
 def test_names_that_fit_stay_whatever_else_they_could_be(tmp_path: Path) -> None:
-    base = state() | prefixed(state(), "model.")
+    base = state() | prefixed(state(1), "model.")
     expert = under_names_of(base, written(tmp_path / "x.safetensors", prefixed(state(), "model.")))
     assert set(expert) == {f"model.{name}" for name in NAMES}
 
