@@ -7,15 +7,38 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from adamerge.checkpoints.reading import Checkpoint
 from adamerge.errors import InputError, shortlist
-from adamerge.state import Shape, State, info, is_mergeable, is_same
+from adamerge.names import Shape
+from adamerge.state import State, info, is_mergeable, is_same
 
 _COUNTERS = "position_ids"  # older versions of transformers saved them; they are 0, 1, 2, ...
 _MOST = 8  # places of one ending, and wrappers, that are looked at
 
 Shapes = Mapping[str, Shape]
+
+
+class Side(NamedTuple):
+    """The names of one side, without some wrappers, and what they stand for.
+
+    Attributes:
+        shapes: Shapes by full name.
+        keys: Full names by name without wrappers.
+    """
+
+    shapes: Shapes
+    keys: Mapping[str, str]
+
+    @classmethod
+    def of(cls, shapes: Shapes, wrappers: Collection[str] = ()) -> "Side":
+        """Return a side without some parts of its names."""
+        return cls(shapes, _without(shapes, wrappers))
+
+    def shape(self, key: str) -> Shape:
+        """Return the shape of the tensor of a key."""
+        return self.shapes[self.keys[key]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,7 @@ def find_way(ours: Shapes, theirs: Shapes, role: str = "expert") -> Way:
     Raises:
         InputError: Two ways to different places are equally good.
     """
-    best = _scored(ours, theirs, "", "", {n: n for n in ours}, {n: n for n in theirs})
+    best = _scored(Side.of(ours), Side.of(theirs), "", "")
     if best.score == min(len(ours), len(theirs)):
         return best
     for _ in range(3):  # wrappers may be nested
@@ -121,11 +144,10 @@ def _improved(ours: Shapes, theirs: Shapes, best: Way, role: str) -> Way:
     found = best
     for wrappers in ((), *((wrapper,) for wrapper in _foreign(ours, theirs))):
         removed = {*best.wrappers, *wrappers}
-        keys_a, keys_b = (_without(names, removed) for names in (ours, theirs))
-        if len(keys_a) < len(ours) or len(keys_b) < len(theirs):
+        base, expert = Side.of(ours, removed), Side.of(theirs, removed)
+        if len(base.keys) < len(ours) or len(expert.keys) < len(theirs):
             continue  # two names would become one
-        pairs = _prefixes(ours, theirs, keys_a, keys_b)
-        ways = [_scored(ours, theirs, *pair, keys_a, keys_b, tuple(removed)) for pair in pairs]
+        ways = [_scored(base, expert, *pair, tuple(removed)) for pair in _prefixes(base, expert)]
         top = max(ways, key=lambda way: way.score)
         if top.score > found.score and 2 * top.score >= min(len(ours), len(theirs)):
             _refuse_ambiguous(top, ways, ours, role)
@@ -145,22 +167,14 @@ def _refuse_ambiguous(top: Way, ways: Collection[Way], ours: Shapes, role: str) 
         )
 
 
-def _scored(
-    ours: Shapes,
-    theirs: Shapes,
-    removed: str,
-    added: str,
-    keys_a: Mapping[str, str],
-    keys_b: Mapping[str, str],
-    wrappers: tuple[str, ...] = (),
-) -> Way:
+def _scored(ours: Side, theirs: Side, removed: str, added: str, wrappers: tuple[str, ...] = ()) -> Way:
     """Rename, and count what arrives. What would fall together with another name keeps its own."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     rest: list[tuple[str, str]] = []
-    for key, name in keys_b.items():
-        new = keys_a.get(added + key.removeprefix(removed)) if key.startswith(removed) else None
-        new = new or keys_a.get(key)
+    for key, name in theirs.keys.items():
+        new = ours.keys.get(added + key.removeprefix(removed)) if key.startswith(removed) else None
+        new = new or ours.keys.get(key)
         if new is None or new in taken:
             rest.append((key, name))
         else:
@@ -170,20 +184,18 @@ def _scored(
         bare = name if added or name != key or not name.startswith(removed) else name.removeprefix(removed)
         names[name] = bare if bare and bare not in taken else name
         taken.add(names[name])
-    score = sum(ours.get(new) == theirs[name] for name, new in names.items())
+    score = sum(ours.shapes.get(new) == theirs.shapes[name] for name, new in names.items())
     return Way(removed, added, wrappers, names, score)
 
 
-def _prefixes(
-    ours: Shapes, theirs: Shapes, keys_a: Mapping[str, str], keys_b: Mapping[str, str]
-) -> list[tuple[str, str]]:
+def _prefixes(ours: Side, theirs: Side) -> list[tuple[str, str]]:
     """List the pairs of prefixes, the expert's and the base's, between which most names agree."""
-    endings = _endings({key: ours[name] for key, name in keys_a.items()})
+    endings = _endings({key: ours.shape(key) for key in ours.keys})
     votes: Counter[tuple[str, str]] = Counter()
-    for key, name in keys_b.items():
+    for key in theirs.keys:
         for start in _starts(key):
             places = endings.get(key[start:], ())
-            fitting = [place for place, shape in places if shape == theirs[name]]
+            fitting = [place for place, shape in places if shape == theirs.shape(key)]
             if fitting and len(fitting) <= _MOST:
                 votes.update((key[:start], place) for place in fitting)
             if places:
