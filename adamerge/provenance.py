@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "config.save_every",
     "config.run_dir",
 )
-_STATIC = (
-    "The weights are one static model in the base's own layout; they load without adamerge. Each task's head "
-    "is in `heads.safetensors`: a classifier's last layer among the weights is the base's own.\n"
+_STATIC = "The weights are one static model in the base's own layout; they load without adamerge.\n"
+_HEADS = (
+    "\nEach task's head is in `heads.safetensors`: a classifier's last layer among the weights is the base's "
+    "own. `adamerge export` writes a plain checkpoint with one task's head, or with all.\n"
 )
 _ROUTED = "Every input gets weights of its own: the shared model plus a mixture of the experts.\n"
 _FLOW = "Blocks of several models run in an order that was searched; `adamerge.json` has it.\n"
@@ -199,6 +200,8 @@ def model_card(
     routed: bool = False,
     flow: bool = False,
     adapted: bool = False,
+    heads: bool = True,
+    notes: Sequence[str] = (),
 ) -> str:
     """Write a model card in the hub's form: front matter, what was merged, how, and how well.
 
@@ -210,12 +213,15 @@ def model_card(
         routed: Whether every input gets a mixture of its own.
         flow: Whether blocks of several models run in an order of their own.
         adapted: Whether heads read corrected features.
+        heads: Whether the tasks' heads lie beside the weights of a static model.
+        notes: What else is to be known of the weights, a paragraph each.
     """
     front: dict[str, Any] = {"tags": ["merge", "adamerge"]}
     ids = [source for source in sources.values() if _is_hub_id(source)]
     if ids:
         front |= {"base_model": ids, "base_model_relation": "merge"}
-    told = (_ROUTED if routed else _FLOW) + _LOADING if routed or flow else _STATIC
+    told = (_ROUTED if routed else _FLOW) + _LOADING if routed or flow else _STATIC + _HEADS * heads
+    told += "".join(f"\n{note}\n" for note in notes)
     listed = "\n".join(f"- {name}: `{path}` (SHA-256 `{digests[name]}`)" for name, path in sources.items())
     measured = "".join(f"## {title}\n\n{text}\n" for title, text in _measured(row)) if row else ""
     return (

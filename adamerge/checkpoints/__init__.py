@@ -1,6 +1,6 @@
 """Any published checkpoint to a lazy State, and a State back to the same layout."""
 
-from adamerge.checkpoints.adapter import Adapter, adapter_digest, open_adapter
+from adamerge.checkpoints.adapter import Adapter, adapter_digest, fitted_base, open_adapter
 from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.configs import require_same_configuration
@@ -18,6 +18,7 @@ __all__ = [
     "adapter_digest",
     "class_names",
     "copy_companions",
+    "fitted_base",
     "is_adapter",
     "loading_code",
     "local_path",

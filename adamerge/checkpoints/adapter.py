@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.checkpoints.hub import local_path
 from adamerge.checkpoints.lora import CONFIG, MERGE_HINT, WEIGHTS, Edit, read_edits
-from adamerge.checkpoints.reading import Checkpoint
+from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, shortlist
 from adamerge.names import PREFIXES
 from adamerge.state import State, TensorInfo, info, is_mergeable
@@ -104,6 +104,23 @@ def adapter_digest(root: Path) -> str:
     """Hash the files of a PEFT folder (SHA-256), whatever base it belongs to."""
     digests = (hashlib.sha256((root / name).read_bytes()).digest() for name in (CONFIG, WEIGHTS))
     return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def fitted_base(root: Path, base: State, rows: Collection[str]) -> State:
+    """Return a base that a PEFT folder fits which holds a classifier of its own shape.
+
+    Args:
+        root: The PEFT folder.
+        base: The state that the adapter was trained on.
+        rows: Names of the classifier's tensors, whose shapes are taken from the folder where it has them.
+    """
+    if not (root / WEIGHTS).is_file():
+        return base
+    saved = open_checkpoint(root / WEIGHTS)
+    own = {name: key for name in rows for key in saved if key.endswith(f".{name}")}
+    return (
+        {**base, **{name: torch.zeros(saved.info(key).shape) for name, key in own.items()}} if own else base
+    )
 
 
 def open_adapter(path: str | Path, base: State, *, role: str) -> Adapter:

@@ -33,6 +33,7 @@ def compress(
     value: Value = "std",
     allow_missing: list[str] | None = None,
     exclude: list[str] | None = None,
+    merge_classifier: bool = False,
     force: bool = False,
     overwrite: bool = False,
 ) -> int:
@@ -48,6 +49,8 @@ def compress(
             "mean", the mean magnitude of the kept entries.
         allow_missing: Patterns of tensor names that the expert may lack; the base's values stand.
         exclude: Patterns of tensor names that stay the base's, whatever the expert holds.
+        merge_classifier: Store the last layer of a classifier although the configurations do not name the
+            same classes: otherwise the base's stays, and is told.
         force: Accept an expert that looks as if it came from another base.
         overwrite: Replace the output if it exists.
     """
@@ -56,8 +59,10 @@ def compress(
     if density == 1:
         raise InputError("density=1 leaves the vector as it is: nothing is compressed.", "Use e.g. 0.2.")
     sources = Sources.find(base, [f"{_ROLE}={expert}"])
-    vectors = sources.open(allow_missing or (), exclude or (), force=force)
+    more: dict[str, bool] = {"merge_classifier": merge_classifier, "force": force}
+    vectors = sources.open(allow_missing or (), exclude or (), **more)
     recipe = {"method": "compeft", "density": density, "alpha": alpha, "value": value}
+    recipe |= {"without": list(vectors.layers.kept)} if vectors.layers.kept else {}
     rule = ternarise(vectors.stacks("Measuring"), density=density, alpha=alpha, value=value)
     figures = _Figures()
     stream = _ternary(vectors, rule, figures)

@@ -17,6 +17,7 @@ from adamerge import provenance
 from adamerge.arguments import parse
 from adamerge.atomic import refuse_existing
 from adamerge.checkpoints import loading_code, save_stream
+from adamerge.commands.classifiers import Classifiers
 from adamerge.commands.sources import Sources
 from adamerge.errors import InputError, nearest
 from adamerge.models.fisher import FisherMode
@@ -68,6 +69,7 @@ def merge(
     fisher_mode: FisherMode = "sampled_label",
     allow_missing: list[str] | None = None,
     exclude: list[str] | None = None,
+    merge_classifier: bool = False,
     force: bool = False,
     overwrite: bool = False,
 ) -> int:
@@ -90,14 +92,18 @@ def merge(
         fisher_mode: How Fisher diagonals are estimated.
         allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
         exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
+        merge_classifier: Merge last layers of classifiers although base and experts do not name the same
+            classes in the same order: otherwise the base's stay, and the experts' lie beside the weights.
         force: Accept experts that look as if they came from another base.
         overwrite: Replace the output if it exists.
     """
     began, target, row = time.monotonic(), Path(out), _row(method)
     sources = Sources.find(base, experts)
     sources.protect_from(target)
-    vectors = given = sources.open(allow_missing or (), exclude or (), force=force)
+    more_of_opening: dict[str, bool] = {"merge_classifier": merge_classifier, "force": force}
+    vectors = given = sources.open(allow_missing or (), exclude or (), **more_of_opening)
     refuse_existing(target, overwrite=overwrite)
+    classifiers = Classifiers.of(sources, vectors.layers)
     asked = None if dtype is None else getattr(torch, dtype)
     recipe: dict[str, Any] = {"method": method, "options": dict(options), "dtype": dtype}
     if edit is None and edit_options:
@@ -129,9 +135,13 @@ def merge(
         like=sources.base,
         dtype=asked,
         overwrite=overwrite,
-        card=lambda: provenance.model_card(sources.given, digests(), recipe),
+        card=lambda: provenance.model_card(
+            sources.given, digests(), recipe, heads=classifiers.are_written, notes=classifiers.notes
+        ),
+        companions=lambda folder: classifiers.write(folder, {"weights": digests()}),
         metadata={"adamerge": json.dumps(recipe)},
     )
+    classifiers.tell()
     print_line(
         f"{method} of {len(vectors.tasks)} experts: {target} ({duration(time.monotonic() - began)}). "
         f"Load it: {loading_code(target)}"

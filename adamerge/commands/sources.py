@@ -91,10 +91,23 @@ class Sources:
         if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
             raise InputError(f"{target} is not empty and holds no model.", "Choose another path.")
 
-    def open(self, allow_missing: Sequence[str], exclude: Sequence[str], *, force: bool) -> TaskVectors:
-        """Give the vectors, which stay in their files."""
+    def open(
+        self,
+        allow_missing: Sequence[str],
+        exclude: Sequence[str],
+        *,
+        merge_classifier: bool = False,
+        force: bool,
+    ) -> TaskVectors:
+        """Return the vectors, which stay in their files; for the arguments see `TaskVectors.open`."""
         vectors = TaskVectors.open(
-            self.base, self.experts, "stream", allow_missing=allow_missing, exclude=exclude, force=force
+            self.base,
+            self.experts,
+            "stream",
+            allow_missing=allow_missing,
+            exclude=exclude,
+            merge_classifier=merge_classifier,
+            force=force,
         )
         for task, expert in vectors.origins.experts.items():
             if dialect := getattr(expert, "dialect", ""):

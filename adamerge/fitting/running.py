@@ -353,7 +353,10 @@ class RunCLI(LightningCLI):
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
         config = yaml.safe_load(self._resolved)
-        kind = {"routed": self.model.mixture is not None, "adapted": self.model.adapters is not None}
+        kind: dict[str, Any] = {
+            "routed": self.model.mixture is not None,
+            "adapted": self.model.adapters is not None,
+        }
         return provenance.model_card(sources, self.model.vectors.digests, config, row, **kind)
 
 

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 
 from adamerge.checkpoints import Adapter
@@ -21,11 +22,12 @@ from adamerge.inspection.checks import (
 )
 from adamerge.inspection.report import Kept, ModelFacts, Report
 from adamerge.inspection.walk import Walk, comparable
+from adamerge.models.last_layers import LastLayers
 from adamerge.models.opening import require_same_function
 from adamerge.names import require_file_names
 from adamerge.state import State, info, is_mergeable, matches
 from adamerge.vectors import TaskVectors
-from adamerge.vectors.store import Source, open_base, open_expert
+from adamerge.vectors.store import Source, base_last_layers, last_layers, open_base, open_expert
 
 _BATCH_NORM = ("running_mean", "running_var")
 
@@ -53,7 +55,10 @@ def inspect(
     """
     require_file_names(experts)
     ours = open_base(base)
-    states, problems = _open_all(experts, ours)
+    states, problems = _open_all(experts, ours, base_last_layers(base, ours))
+    layers, contradictions = _last_layers(base, ours, experts, states)
+    exclude = (*exclude, *map(escape, layers.kept))
+    problems += contradictions
     patterns = {"allow_missing": allow_missing, "exclude": exclude}
     problems += [*_configuration_problems(base, experts), *audit_problems(ours, states, **patterns)]
     rows = [r for role, s in {"base": ours, **states}.items() for r in misfits(role, ours, s, **patterns)]
@@ -62,7 +67,11 @@ def inspect(
     return Report(
         tasks=vectors.tasks,
         problems=(*problems, *nonfinite_problems(walk.nonfinite), *_origin_problems(walk)),
-        notes=(*_notes(walk, states), *code_notes(_folders(base, experts))),
+        notes=(
+            *_notes_of_classifiers(layers),
+            *_notes(walk, states),
+            *code_notes(_folders(base, experts)),
+        ),
         base=_facts(base, ours),
         experts={task: _facts(experts[task], state) for task, state in states.items()},
         misfits=tuple(rows),
@@ -82,13 +91,15 @@ def _folders(base: Source, experts: Mapping[str, Source]) -> dict[str, Path]:
     return {r: Path(s) for r, s in {"base": base, **experts}.items() if isinstance(s, str | Path)}
 
 
-def _open_all(experts: Mapping[str, Source], base: State) -> tuple[dict[str, State], list[str]]:
+def _open_all(
+    experts: Mapping[str, Source], base: State, rows: Collection[str]
+) -> tuple[dict[str, State], list[str]]:
     """Open what can be opened, and say why the others cannot."""
     states: dict[str, State] = {}
     problems: list[str] = []
     for task, source in experts.items():
         try:
-            states[task] = open_expert(source, f"expert {task!r}", base)
+            states[task] = open_expert(source, f"expert {task!r}", base, rows)
         except InputError as error:
             problems.append(one_line(error))
     if not states:
@@ -117,6 +128,23 @@ def _origin_problems(walk: Walk) -> list[str]:
         except InputError as error:
             return [one_line(error)]
     return []
+
+
+def _last_layers(
+    base: Source, ours: State, experts: Mapping[str, Source], states: Mapping[str, State]
+) -> tuple[LastLayers, list[str]]:
+    """Find the last layers of classifiers, or say what is wrong with a configuration."""
+    try:
+        return last_layers(base, ours, experts, states), []
+    except InputError as error:
+        return LastLayers(), [one_line(error)]
+
+
+def _notes_of_classifiers(layers: LastLayers) -> Iterator[str]:
+    if layers.kept:
+        yield layers.told
+    elif layers.names:
+        yield f"the classifiers' last layers are merged, their classes agree: {shortlist(layers.names)}."
 
 
 def _notes(walk: Walk, states: Mapping[str, State]) -> Iterator[str]:

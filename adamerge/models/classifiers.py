@@ -13,6 +13,7 @@ from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
 from adamerge.models.base import ModuleBackbone, Opener
 from adamerge.models.heads import Head
+from adamerge.models.last_layers import classifies_inputs
 from adamerge.state import State, TensorInfo, info
 
 N_CLASSES = 1009  # of a classifier that no other layer can be taken for: nobody has so many features
@@ -103,6 +104,12 @@ def classifier_heads(
         raise InputError(
             f"tasks {without} have neither an expert nor a head file.", "Set `head` of these tasks."
         )
+    for task in tasks:
+        if experts[task].is_dir() and not classifies_inputs(experts[task]):
+            raise InputError(
+                f"expert {task!r} ({experts[task]}) classifies parts of inputs, such as tokens or pixels.",
+                "Heads classify whole images or texts. Such models are merged by `adamerge merge`.",
+            )
     return {task: backbone.head(experts[task], f"expert {task!r}", base) for task in tasks}
 
 

@@ -119,6 +119,26 @@ def open_heads(
     return {task: replace(heads[task], role=f"the head of task {task!r}") for task in tasks}
 
 
+def own_classifiers(base: Path, experts: Mapping[str, Path]) -> tuple[dict[str, Head], dict[str, str]]:
+    """Return the heads of experts that bring classifiers of their own, of whole images or texts.
+
+    Args:
+        base: The base, or a merged folder: it says of what format all are.
+        experts: The experts by task name.
+
+    Returns:
+        The heads by task; and for the tasks that have none, why.
+    """
+    heads: dict[str, Head] = {}
+    reasons: dict[str, str] = {}
+    for task, path in experts.items():
+        try:
+            heads |= format_of(base).heads(base, {task: TaskSpec()}, {task: path})
+        except InputError as error:
+            reasons[task] = str(error).partition("\n")[0]
+    return heads, reasons
+
+
 def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str, Head]:
     """Give every task's head where experts bring none: see `open_heads`."""
     return open_heads(path, tasks)

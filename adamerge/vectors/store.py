@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from glob import escape
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.checkpoints import is_adapter, local_path, open_adapter, open_checkpoint
+from adamerge.checkpoints import fitted_base, is_adapter, local_path, open_adapter, open_checkpoint
 from adamerge.checkpoints.renaming import under_names_of
 from adamerge.compression import is_compressed, open_compressed
 from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
+from adamerge.models.last_layers import LastLayers, find_last_layers, folder_of, labelled_tensors
 from adamerge.state import State, audit, matches, tied_names
 from adamerge.vectors.block import Block, Codec, Merge
 from adamerge.vectors.dense import CODEC_DTYPES, DenseCodec
@@ -48,6 +50,7 @@ class TaskVectors:
         origins: What is known of the experts by reading them.
         aliases: Further names of tensors that several names share, such as tied embeddings.
         digests: SHA-256 of the base and of each expert, for reports; filled by `open`.
+        layers: Last layers of classifiers, where base and experts were given as paths.
     """
 
     tasks: tuple[str, ...]
@@ -57,6 +60,7 @@ class TaskVectors:
     origins: Origins = field(default_factory=lambda: Origins({}, {}))
     aliases: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    layers: LastLayers = field(default_factory=LastLayers)
 
     @classmethod
     def open(
@@ -68,6 +72,7 @@ class TaskVectors:
         allow_missing: Sequence[str] = (),
         exclude: Sequence[str] = (),
         names: Collection[str] | None = None,
+        merge_classifier: bool = False,
         force: bool = False,
     ) -> "TaskVectors":
         """Read a base and its experts, subtract in fp32, and store the differences.
@@ -83,6 +88,9 @@ class TaskVectors:
             allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
             exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
             names: Only these tensors take part; the others stay the base's. Default: all.
+            merge_classifier: Merge the last layers of classifiers although their rows cannot be shown to
+                mean the same: otherwise they stay the base's, with a warning, unless the configurations of
+                base and experts name the same classes in the same order.
             force: Accept experts that look as if they came from another base.
 
         Raises:
@@ -93,7 +101,13 @@ class TaskVectors:
         if not experts:
             raise InputError("no experts were given.", "Pass experts={NAME: PATH, ...}.")
         base_state = open_base(base, "base")
-        expert_states = {task: open_expert(e, f"expert {task!r}", base_state) for task, e in experts.items()}
+        last = base_last_layers(base, base_state)
+        expert_states = {t: open_expert(e, f"expert {t!r}", base_state, last) for t, e in experts.items()}
+        layers = LastLayers() if merge_classifier else last_layers(base, base_state, experts, expert_states)
+        kept_layers = [name for name in layers.kept if not matches(name, exclude)]
+        if kept_layers:
+            warnings.warn(f"{layers.told} {layers.hint}", AdamergeWarning, stacklevel=2)
+            exclude = (*exclude, *map(escape, kept_layers))
         audited = audit(
             base_state, expert_states, allow_missing=allow_missing, exclude=exclude, required=names or ()
         )
@@ -110,7 +124,7 @@ class TaskVectors:
         blocks = {name: StreamedBlock(name, origins) for name in kept if name not in aliases}
         rest = {name: base_state[name] for name in base_state if name not in kept}
         form = make_codec(codec)
-        vectors = cls(tuple(experts), blocks, rest, None, origins, aliases)
+        vectors = cls(tuple(experts), blocks, rest, None, origins, aliases, layers=layers)
         return vectors if form is None else vectors.stored(form)
 
     @property
@@ -234,13 +248,48 @@ def open_base(source: Source, role: str = "base") -> State:
     return open_checkpoint(source, role=role) if isinstance(source, str | Path) else source
 
 
-def open_expert(source: Source, role: str, base: State) -> State:
-    """Open an expert under the base's names: what `open_base` opens, a PEFT folder, or a compressed file."""
+def base_last_layers(source: Source, base: State) -> tuple[str, ...]:
+    """Return the names of a base's tensors whose rows are classes; none of a state in memory."""
+    path = _path_of(source, "base")
+    folder = path and folder_of(path)
+    return () if folder is None else labelled_tensors(folder, base)
+
+
+def last_layers(
+    base: Source, state: State, experts: Mapping[str, Source], states: Mapping[str, State]
+) -> LastLayers:
+    """Find the last layers of classifiers among what was opened, and compare what their rows mean.
+
+    Args:
+        base: Where the base came from.
+        state: The base.
+        experts: Where the experts came from, by task.
+        states: Those experts that could be opened.
+    """
+    if not isinstance(base, str | Path) and not any(isinstance(e, str | Path) for e in experts.values()):
+        return LastLayers()
+    opened = {t: (_path_of(experts[t], f"expert {t!r}"), [*expert]) for t, expert in states.items()}
+    return find_last_layers(_path_of(base, "base"), state, opened)
+
+
+def _path_of(source: Source, role: str) -> Path | None:
+    return local_path(source, role) if isinstance(source, str | Path) else None
+
+
+def open_expert(source: Source, role: str, base: State, rows: Collection[str] = ()) -> State:
+    """Open an expert under the base's names: what `open_base` opens, a PEFT folder, or a compressed file.
+
+    Args:
+        source: The expert.
+        role: Who this is ("expert 'cars'"), for error messages.
+        base: The base's state.
+        rows: Names of the base's tensors whose rows are classes: adapters may hold others of these.
+    """
     if not isinstance(source, str | Path):
         return source
     path = local_path(source, role)
     if is_adapter(path):
-        return open_adapter(path, base, role=role)
+        return open_adapter(path, fitted_base(path, base, rows), role=role)
     if is_compressed(path):
         return open_compressed(path, base, role=role)
     return under_names_of(base, open_checkpoint(path, role=role), role)
