@@ -51,6 +51,7 @@ class Way:
         wrappers: Parts inside the names that only one side has, such as ``_orig_mod``.
         names: From the expert's own names to the new ones.
         score: How many of the new names the base has, with the same shape.
+        moved: How many of these the prefixes have brought there.
     """
 
     removed: str
@@ -58,6 +59,12 @@ class Way:
     wrappers: tuple[str, ...]
     names: Mapping[str, str]
     score: int
+    moved: int
+
+    @property
+    def is_common(self) -> bool:
+        """Whether most names that arrive have the prefix: one of a head alone means nothing."""
+        return not (self.removed or self.added) or 2 * self.moved >= self.score
 
     @property
     def told(self) -> str:
@@ -148,6 +155,7 @@ def _improved(ours: Shapes, theirs: Shapes, best: Way, role: str) -> Way:
         if len(base.keys) < len(ours) or len(expert.keys) < len(theirs):
             continue  # two names would become one
         ways = [_scored(base, expert, *pair, tuple(removed)) for pair in _prefixes(base, expert)]
+        ways = [way for way in ways if way.is_common]
         top = max(ways, key=lambda way: way.score)
         if top.score > found.score and 2 * top.score >= min(len(ours), len(theirs)):
             _refuse_ambiguous(top, ways, ours, role)
@@ -172,20 +180,22 @@ def _scored(ours: Side, theirs: Side, removed: str, added: str, wrappers: tuple[
     names: dict[str, str] = {}
     taken: set[str] = set()
     rest: list[tuple[str, str]] = []
+    moved = 0
     for key, name in theirs.keys.items():
         new = ours.keys.get(added + key.removeprefix(removed)) if key.startswith(removed) else None
-        new = new or ours.keys.get(key)
+        is_moved, new = new is not None, new or ours.keys.get(key)
         if new is None or new in taken:
             rest.append((key, name))
         else:
             names[name] = new
             taken.add(new)
+            moved += is_moved and ours.shapes[new] == theirs.shapes[name]
     for key, name in rest:
         bare = name if added or name != key or not name.startswith(removed) else name.removeprefix(removed)
         names[name] = bare if bare and bare not in taken else name
         taken.add(names[name])
     score = sum(ours.shapes.get(new) == theirs.shapes[name] for name, new in names.items())
-    return Way(removed, added, wrappers, names, score)
+    return Way(removed, added, wrappers, names, score, moved)
 
 
 def _prefixes(ours: Side, theirs: Side) -> list[tuple[str, str]]:
