@@ -56,7 +56,8 @@ def new_bar(*columns: str | ProgressColumn, disable: bool = False) -> Progress:
 def stop_bars() -> None:
     """End all bars, so that a message begins on a line of its own."""
     for bar in list(_bars):
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def print_line(text: str, style: str | None = None) -> None:

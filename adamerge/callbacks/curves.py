@@ -84,4 +84,5 @@ class StepBar(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the terminal back, however the run ended."""
-        self._progress.stop()
+        if self._progress.live.is_started:  # stopping a bar that never began prints an empty line
+            self._progress.stop()
