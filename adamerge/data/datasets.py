@@ -24,7 +24,7 @@ from adamerge.errors import AdamergeWarning, DataError, shortlist
 from adamerge.progress import track
 
 CORRUPT_CEILING = 0.01
-Whole = UInt8[Tensor, "whole 3 height width"] | Int64[Tensor, "whole field token"]
+Whole = UInt8[Tensor, "whole channel height width"] | Int64[Tensor, "whole field token"]
 
 
 class Images(Dataset[dict[str, Tensor]]):

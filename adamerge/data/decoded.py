@@ -27,12 +27,12 @@ class Decoded(NamedTuple):
     """Images of a source, without labels.
 
     Attributes:
-        images: ``[image, 3, height, width]``.
+        images: ``[image, channel, height, width]``.
         digests: SHA-256 of each image.
         skipped: Why a row could not be decoded, by its place in the source.
     """
 
-    images: UInt8[Tensor, "image 3 height width"]
+    images: UInt8[Tensor, "image channel height width"]
     digests: UInt8[Tensor, "image 32"]
     skipped: dict[int, str]
 

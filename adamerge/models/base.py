@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -68,16 +69,36 @@ class ImageTransform(NamedTuple):
     transform_key: str
 
 
-def geometry_of(transforms: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Tensor]:
-    """Give a PIL pipeline without its last two steps, ToTensor and Normalize, which `features` does."""
+def geometry_of(transforms: Sequence[Callable[[Any], Any]], mode: str = "RGB") -> Callable[[Any], Tensor]:
+    """Return a PIL pipeline without its last two steps, ToTensor and Normalize, which `features` does.
+
+    Args:
+        transforms: The steps.
+        mode: Pillow's mode of the images that the first step reads.
+    """
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     def preprocess(image: Any) -> Tensor:
+        image = image.convert(mode)
         for step in transforms[:-2]:
             image = step(image)
         return pil_to_tensor(image)
 
     return preprocess
+
+
+def image_mode(channels: int, source: Path) -> str:
+    """Return Pillow's mode of images of so many channels: grey ones ("L") for one, as timm reads them.
+
+    Raises:
+        InputError: There are neither one nor three.
+    """
+    if channels not in (1, 3):
+        raise InputError(
+            f"{source}: the model reads images of {channels} channels, images have 1 (grey) or 3 (RGB).",
+            "Write a backbone of your own (adamerge.ModuleBackbone) for other data.",
+        )
+    return "L" if channels == 1 else "RGB"
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -123,8 +144,7 @@ class ModuleBackbone:
         pool: Callable[[Any], Tensor] = lambda output: output,
         activation: str | None = None,
     ) -> None:
-        parameters = module.named_parameters(remove_duplicate=False)
-        self._hold(module, {name: prefix + name for name, _ in (*parameters, *module.named_buffers())})
+        self._hold(module, {name: prefix + name for name in module.state_dict()})
         self.transform_key, self.activation, self._pool = transform_key, activation, pool
         self.mean = torch.tensor(mean).reshape(-1, 1, 1)
         self.std = torch.tensor(std).reshape(-1, 1, 1)
@@ -138,7 +158,8 @@ class ModuleBackbone:
         self._norms = MergedNorms(module)
         named = [*module.named_parameters(), *module.named_buffers()]
         self._names = tuple(files[n] for n, tensor in named if n in files and tensor.is_floating_point())
-        self._hollow = {name for name, tensor in named if tensor.is_meta and tensor.is_floating_point()}
+        hollow = {name for name, tensor in named if tensor.is_meta and tensor.is_floating_point()}
+        self._hollow = hollow & files.keys()
 
     def around(self, module: nn.Module, files: Mapping[str, str]) -> "ModuleBackbone":
         """Give this backbone with another module: the same preprocessing and pooling, other tensors.
@@ -153,7 +174,7 @@ class ModuleBackbone:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Checkpoint names of the module's parameters and floating buffers."""
+        """Checkpoint names of the module's parameters and of the floating buffers that files hold."""
         return self._names
 
     def features(self, weights: State, inputs: Tensor) -> Float[Tensor, "image dim"]:
@@ -209,13 +230,27 @@ class ModuleBackbone:
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a module on the meta device, but for the counters that Hugging Face models hold as buffers."""
-    with torch.device("meta"):
-        module = make()
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name == "position_ids":
-                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-            elif name == "token_type_ids":
-                setattr(part, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
-    return module
+    """Make a module whose parameters are on the meta device; buffers hold what its code computes.
+
+    The state of torch's random generator stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]), _hollow_parameters():
+        return make()
+
+
+@contextmanager
+def _hollow_parameters() -> Iterator[None]:
+    """Move every parameter to the meta device as a module registers it, before its initialisation."""
+    module: Any = nn.Module
+    register = module.register_parameter
+
+    def hollow(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(layer, name, parameter)
+
+    module.register_parameter = hollow
+    try:
+        yield
+    finally:
+        module.register_parameter = register

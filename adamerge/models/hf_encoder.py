@@ -1,8 +1,7 @@
 """Hugging Face classifiers of images and texts, and sentence encoders, without their last layer."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,12 @@ class HFEncoder(ClassifierBackbone):
         path = Path(path)
         base = names if isinstance(names, Mapping) else open_checkpoint(path, role="base")
         self.config, self.kind = _kind_of(path)
-        model, found = _match(self.kind, self.config, base)
+        model, found, joined = _match(self.kind, self.config, base)
         pooling = read_pooling(path) if is_sentence_encoder(path) else None
         if pooling:
             model.pooler = None  # sentence vectors are made of the tokens' own
         classifier = "" if pooling else cut_classifier(model, path)
+        _require_whole([name for name in tensor_names(model) if name in joined], path)
         is_image = self.kind.__name__ == "AutoModelForImageClassification"
         upto, own_model = self._split(model, found, is_image=is_image) if classifier else (model, None)
         require_names(found, tensor_names(model), path)
@@ -70,11 +70,12 @@ class HFEncoder(ClassifierBackbone):
         prefix = "" if own_model is None else "model."
         files = {f"{prefix}{name}": file for name, file in self.modules.items()}
         if is_image:
-            transform = read_processor(path)._asdict()
-            pool = attrgetter("logits") if own_model is None else lambda features: features
-            super().__init__(upto, files, classifier, pool=pool, **transform)
+            transform = read_processor(path, getattr(self.config, "num_channels", 3))._asdict()
+            super().__init__(
+                upto, files, classifier, pool=_logits if own_model is None else _features, **transform
+            )
         else:
-            texts = read_tokenizer(path, self.config, max_length)
+            texts = read_tokenizer(path, model, max_length)
             module = TextModel(upto, texts.fields, pooling or (_logits if own_model is None else _features))
             files = {f"model.{name}": file for name, file in files.items()}
             super().__init__(
@@ -174,16 +175,27 @@ def _kind_of(path: Path) -> tuple[Any, Any]:
     config.num_labels = N_CLASSES
     if is_sentence_encoder(path):
         return config, transformers.AutoModel
-    if config.model_type in _names("Sequence"):
-        return config, transformers.AutoModelForSequenceClassification
-    return config, transformers.AutoModelForImageClassification
+    if _classifies(config, "Image") or config.model_type not in _names("Sequence"):
+        return config, transformers.AutoModelForImageClassification
+    return config, transformers.AutoModelForSequenceClassification
 
 
-def _logits(output: Any, _mask: Tensor) -> Tensor:
-    return output.logits
+def _classifies(config: Any, kind: str) -> bool:
+    """Return whether a configuration names a classifier of images, or of texts ("Sequence")."""
+    classes = _names(kind).get(config.model_type, ())
+    classes = (classes,) if isinstance(classes, str) else classes
+    return bool({*classes} & {*(config.architectures or ())})
 
 
-def _features(output: Tensor, _mask: Tensor) -> Tensor:
+def _logits(output: Any, _mask: Tensor | None = None) -> Tensor:
+    """Return a classifier's logits, which PP-LCNet calls otherwise."""
+    logits = output.logits if "logits" in output else output[0]
+    if logits.dim() != 2:
+        raise InputError(f"{type(output).__name__} has no logits, but {', '.join(output)}.")
+    return logits
+
+
+def _features(output: Tensor, _mask: Tensor | None = None) -> Tensor:
     return output
 
 
@@ -199,24 +211,53 @@ def _probe(config: Any, is_image: bool) -> dict[str, Tensor]:
     return {"input_ids": tokens}
 
 
-def _names(kind: str) -> Mapping[str, object]:
+def _names(kind: str) -> Mapping[str, str | tuple[str, ...]]:
     from transformers.models.auto import modeling_auto
 
     return getattr(modeling_auto, f"MODEL_FOR_{kind.upper()}_CLASSIFICATION_MAPPING_NAMES")
 
 
-def _match(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, str]]:
+def _match(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, str], set[str]]:
     """Let transformers load numbers in place of tensors: where each arrives tells which tensor is which.
 
     Files of other versions have other names, prefixes come and go, and only the library knows them all.
+    Integers (tables of positions, counters) are loaded as they are, for they decide what a model computes.
 
     Returns:
-        The model, without the values of the state, and from its tensors to the state's names.
+        The model, without the floats of the state; from its tensors to the state's names; and which of its
+        tensors the library joins or splits tensors for.
     """
     names = list(state)
-    numbers = {n: torch.tensor(float(i)).expand(info(state, n).shape) for i, n in enumerate(names)}
+    numbers = {name: _numbered(state, name, i) for i, name in enumerate(names, 1)}
     model, report = transformers_model(transformers_class(kind, config), config, numbers)
     lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     arrived = {n: t for n, t in model.state_dict().items() if n not in lost and t.is_floating_point()}
     whole = {n: t for n, t in arrived.items() if not any(t.stride()) or t.numel() == 1}  # still one number
-    return model, {name: names[int(tensor.flatten()[0])] for name, tensor in whole.items()}
+    found = {name: _name_of(name, tensor, names) for name, tensor in whole.items()}
+    return model, {n: file for n, file in found.items() if file}, arrived.keys() - whole.keys()
+
+
+def _numbered(state: State, name: str, number: int) -> Tensor:
+    """Return a number in the shape of a tensor, without its memory; integers are returned as they are."""
+    shape, dtype = info(state, name)
+    return torch.tensor(float(number)).expand(shape) if dtype.is_floating_point else state[name]
+
+
+def _name_of(name: str, tensor: Tensor, names: Sequence[str]) -> str | None:
+    """Return whose number has arrived; its own name where the library has written zeros over it."""
+    number = int(tensor.flatten()[0]) if tensor.numel() else 0
+    return names[number - 1] if number else name if name in names else None
+
+
+def _require_whole(joined: Collection[str], source: Path) -> None:
+    """Check that each of a model's tensors is one of its file's.
+
+    Raises:
+        InputError: Some are joined or split.
+    """
+    if joined:
+        raise InputError(
+            f"{source}: transformers joins or splits the file's tensors for {len(joined)} of the model's: "
+            f"{shortlist(sorted(joined), 2)}.",
+            "Such a model (a mixture of experts, or fused layers) can be merged by `adamerge merge` alone.",
+        )

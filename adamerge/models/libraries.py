@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 
 from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.errors import InputError, shortlist
-from adamerge.models.base import read_object
+from adamerge.models.base import read_object, without_values
 
 _OPEN_CLIP, _CONFIG = "open_clip_config.json", "config.json"
+_NO_TEXT: Any = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
 _OURS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _TIMM_LOADERS = (  # arguments of timm that name other files, models or functions
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_custom_load"),
@@ -116,12 +118,60 @@ def timm_model(folder: Path, **options: Any) -> Any:
         raise InputError(f"{file}: model_args asks for other files or models: {shortlist(loaders)}.")
     try:
         with _no_questions():
-            return timm.create_model(f"local-dir:{folder}", pretrained=False, **options)
+            if document.get("model_type") != "timm_wrapper":
+                return timm.create_model(f"local-dir:{folder}", pretrained=False, **options)
+            overlay = document.get("pretrained_cfg") or {}  # transformers writes what timm does not read
+            options = {"pretrained": False, "pretrained_cfg_overlay": overlay, **arguments, **options}
+            return timm.create_model(document["architecture"], **options)
     except (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"timm {timm.__version__} cannot build the model of {file}: {error}",
             "Does the file name an architecture of this version, and arguments that it takes?",
         ) from error
+
+
+def open_clip_image_tower(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Make the image tower that a folder's ``open_clip_config.json`` describes, without values of a file.
+
+    The text tower, whose configuration open_clip may look for on the hub, is not made.
+
+    Returns:
+        The tower, and how its images are prepared.
+
+    Raises:
+        InputError: It asks for code, or open_clip cannot make it.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    _require_open_clip_data(folder)
+    document = read_object(folder / _OPEN_CLIP)
+    try:
+        model = document["model_cfg"]
+        vision: Any = dict(model["vision_cfg"])
+        quick = bool(model.get("quick_gelu"))
+        if "timm_model_name" in vision:
+            vision["timm_model_pretrained"] = False
+        with quiet(), _no_questions():
+            whole = without_values(
+                lambda: open_clip.CustomTextCLIP(model["embed_dim"], vision, _NO_TEXT, quick_gelu=quick)
+            )
+        tower: Any = whole.visual
+        settings = merge_preprocess_dict(asdict(PreprocessCfg()), document.get("preprocess_cfg", {}))
+    except Exception as error:  # whatever open_clip stumbles over, the file is what is wrong
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"open_clip {open_clip.__version__} cannot build the image tower of {folder / _OPEN_CLIP}: "
+            f"{type(error).__name__} {reason}",
+            "Does the file name an architecture of this version, and settings that it has?",
+        ) from error
+    return tower, {**settings, "size": _image_size(tower)}
+
+
+def _image_size(tower: Any) -> Any:
+    """Return the size of a tower's images: its own, or that of a timm trunk that reads no other."""
+    patches: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
+    return patches.img_size if getattr(patches, "strict_img_size", False) else tower.image_size
 
 
 def open_clip_model(folder: Path, *, load_weights: bool, device: str = "cpu") -> Any:

@@ -12,7 +12,7 @@ from adamerge.errors import InputError
 from adamerge.models.base import ModuleBackbone, geometry_of
 from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
-from adamerge.models.libraries import open_clip_model, open_clip_tokenizer
+from adamerge.models.libraries import open_clip_image_tower, open_clip_model, open_clip_tokenizer
 
 CONFIG = "open_clip_config.json"
 
@@ -31,18 +31,17 @@ class OpenClipBackbone(ModuleBackbone):
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        read_config(Path(path))
-        model: Any = open_clip_model(Path(path), load_weights=False, device="meta")
-        config = dict(model.visual.preprocess_cfg)
+        tower, config = open_clip_image_tower(Path(path))
         transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
         versions = {"library": f"open_clip {open_clip.__version__}", "pillow": PIL.__version__}
         super().__init__(
-            model.visual,
+            tower,
             prefix="visual.",
             mean=config["mean"],
             std=config["std"],
             preprocess=geometry_of(transform.transforms),
             transform_key=json.dumps(versions | config, sort_keys=True),
+            pool=lambda output: output[0] if isinstance(output, tuple) else output,  # CoCa's has tokens, too
             activation=open_clip_activation(Path(path)),
         )
 

@@ -57,7 +57,7 @@ FORMATS = (
     Format(
         "timm",
         is_timm,
-        lambda path, _: TimmBackbone(path),
+        TimmBackbone,
         timm_heads,
         compare=require_same_timm,
         normalize=False,

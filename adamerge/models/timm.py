@@ -1,14 +1,14 @@
 """timm models: folders in timm's hub format, and the preprocessing that their configuration asks for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from adamerge.checkpoints import open_checkpoint
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
-from adamerge.models.base import ImageTransform, geometry_of, read_object
+from adamerge.models.base import ImageTransform, geometry_of, image_mode, read_object
 from adamerge.models.classifiers import (
     N_CLASSES,
     ClassifierBackbone,
@@ -20,6 +20,7 @@ from adamerge.models.heads import Head
 from adamerge.models.libraries import timm_model
 
 CONFIG = "config.json"
+_WRAPPED = "timm_model."  # before the names of a timm model that transformers has saved
 
 
 class TimmBackbone(ClassifierBackbone):
@@ -27,17 +28,20 @@ class TimmBackbone(ClassifierBackbone):
 
     Args:
         path: A folder with ``config.json`` (``architecture``, ``pretrained_cfg``, ``model_args``), as
-            ``timm.models.save_for_hf`` writes it.
+            ``timm.models.save_for_hf`` writes it, or transformers, whose names have a prefix.
+        names: Names of the folder's tensors; default: those of its weights.
 
     Raises:
         InputError: timm does not know the architecture, or it has no single linear classifier.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, names: Collection[str] | None = None) -> None:
         model: Any = timm_model(Path(path), num_classes=N_CLASSES)
         classifier = cut_classifier(model, Path(path))
-        files = {name: name for name in tensor_names(model)}
-        super().__init__(model, files, classifier, **_transform(model)._asdict())
+        names = open_checkpoint(path, role="base") if names is None else names
+        prefix = _WRAPPED if any(name.startswith(_WRAPPED) for name in names) else ""
+        files = {name: prefix + name for name in tensor_names(model)}
+        super().__init__(model, files, prefix + classifier, **_transform(model, Path(path))._asdict())
 
 
 def is_timm(path: Path) -> bool:
@@ -47,7 +51,8 @@ def is_timm(path: Path) -> bool:
 
 def timm_heads(path: Path, tasks: Mapping[str, TaskSpec], experts: Mapping[str, Path]) -> dict[str, Head]:
     """Give the tasks' heads: their experts' own classifiers."""
-    return classifier_heads(TimmBackbone(path), open_checkpoint(path, role="base"), tasks, experts)
+    base = open_checkpoint(path, role="base")
+    return classifier_heads(TimmBackbone(path, base), base, tasks, experts)
 
 
 def require_same_timm(base: Path, experts: Mapping[str, Path]) -> None:
@@ -76,8 +81,12 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts | {key: value for key, value in arguments.items() if key != "num_classes"}
 
 
-def _transform(model: Any) -> ImageTransform:
-    """Give the geometry and the arithmetic of a model's preprocessing; an image is a PIL image throughout."""
+def _transform(model: Any, path: Path) -> ImageTransform:
+    """Return the geometry and the arithmetic of a model's preprocessing; an image is a PIL image throughout.
+
+    Raises:
+        InputError: The configuration's mean or std have other channels than the model's images.
+    """
     import PIL
     import timm
     from timm.data.config import resolve_data_config
@@ -85,6 +94,25 @@ def _transform(model: Any) -> ImageTransform:
 
     settings = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     whole: Any = create_transform(**settings, is_training=False)
+    channels = _channels(model)
+    mode = image_mode(channels, path)
+    sizes = {len(settings[key]) for key in ("mean", "std")}
+    if sizes != {channels}:
+        raise InputError(
+            f"{path / CONFIG}: the model reads images of {channels} channels, mean and std have "
+            f"{' and '.join(map(str, sorted(sizes)))} values.",
+            "Set mean and std of pretrained_cfg to the values of training, one for each channel.",
+        )
     versions = {"library": f"timm {timm.__version__}", "pillow": PIL.__version__}
     key = json.dumps(versions | settings, sort_keys=True)
-    return ImageTransform(geometry_of(whole.transforms), settings["mean"], settings["std"], key)
+    return ImageTransform(geometry_of(whole.transforms, mode), settings["mean"], settings["std"], key)
+
+
+def _channels(model: Any) -> int:
+    """Return how many channels the first convolution of a model reads; 3 where its name is not known."""
+    first = model.pretrained_cfg.get("first_conv")
+    for name in [first] if isinstance(first, str) else first or ():
+        layer: Any = dict(model.named_modules()).get(name)
+        if hasattr(layer, "in_channels"):
+            return layer.in_channels
+    return 3

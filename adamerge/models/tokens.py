@@ -1,8 +1,9 @@
 """Texts as tensors of tokens, and the encoders that read them."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _WAYS = {
     "mean": "pooling_mode_mean_tokens",
     "max": "pooling_mode_max_tokens",
 }
+_ALWAYS = ("input_ids", "attention_mask")
 Pool = Callable[[Any, Tensor], Tensor]
 
 
@@ -35,13 +37,14 @@ class Texts:
     Args:
         tokenizer: A tokenizer of transformers.
         length: Tokens of every text.
+        accepted: What the model takes; other fields are left out.
     """
 
-    def __init__(self, tokenizer: Any, length: int) -> None:
+    def __init__(self, tokenizer: Any, length: int, accepted: Collection[str]) -> None:
         import transformers
 
-        more = [name for name in tokenizer.model_input_names if name not in ("input_ids", "attention_mask")]
-        self.fields = ("input_ids", "attention_mask", *more)
+        more = [n for n in tokenizer.model_input_names if n not in _ALWAYS and n in accepted]
+        self.fields = (*_ALWAYS, *more)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         content = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
         facts = {"library": f"transformers {transformers.__version__}", "tokenizer": type(tokenizer).__name__}
@@ -88,8 +91,13 @@ class TextModel(nn.Module):
         return self.pool(self.model(**values), values["attention_mask"])
 
 
-def read_tokenizer(path: Path, config: Any, length: int) -> Texts:
-    """Read a folder's tokenizer.
+def read_tokenizer(path: Path, model: Any, length: int) -> Texts:
+    """Read a folder's tokenizer, and let a model that looks for padding (GPT-2, Llama) know its token.
+
+    Args:
+        path: The folder.
+        model: The model; its configuration is changed where it looks for padding.
+        length: Tokens at which texts are cut, unless the model allows fewer.
 
     Raises:
         InputError: There is none, or it is damaged or cannot pad.
@@ -100,13 +108,35 @@ def read_tokenizer(path: Path, config: Any, length: int) -> Texts:
             "Save the tokenizer beside the model: tokenizer.save_pretrained(FOLDER).",
         )
     tokenizer: Any = transformers_tokenizer(path)
+    _set_padding(tokenizer, model, path)
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    positions = positions if positions > 0 else length  # -1, as XLNet has it, is no limit
+    accepted = inspect.signature(model.forward).parameters
+    return Texts(tokenizer, min(length, tokenizer.model_max_length, positions), accepted)
+
+
+def _set_padding(tokenizer: Any, model: Any, path: Path) -> None:
+    """Pad on the right, with a token that a model which reads the last token before the padding knows.
+
+    What such a model gives a text does not depend on the padding token, so that one can be chosen where
+    neither tokenizer nor configuration has any.
+
+    Raises:
+        InputError: There is no token to pad with.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    looks_for_padding = code is not None and "pad_token_id" in code.co_names
+    if tokenizer.pad_token_id is None and looks_for_padding:
+        own = model.config.get_text_config().pad_token_id
+        tokenizer.pad_token = tokenizer.eos_token if own is None else tokenizer.convert_ids_to_tokens(own)
     if tokenizer.pad_token_id is None:
         raise InputError(
             f"the tokenizer of {path} has no padding token.", "Set pad_token, and save it again."
         )
     tokenizer.padding_side = "right"
-    positions = getattr(config, "max_position_embeddings", None) or length
-    return Texts(tokenizer, min(length, tokenizer.model_max_length, positions))
+    if looks_for_padding:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def is_sentence_encoder(path: Path) -> bool:
