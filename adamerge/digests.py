@@ -43,15 +43,32 @@ def remembered(what: str, files: Sequence[Path], compute: Callable[[], str], *, 
     """
     identity, note = _identity(files), _note(what, files)
     if not fresh:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if known["identity"] == identity:
-                return known["found"]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            row = json.loads(note.read_text(encoding="utf-8"))
+            if row["identity"] == identity and row["check"] == _check(identity, row["found"]):
+                return row["found"]
     found = compute()
     if identity == _identity(files):  # nobody wrote to them meanwhile
         with contextlib.suppress(Exception):
-            write_text(note, json.dumps({"identity": identity, "found": found}))
+            row = {"identity": identity, "found": found, "check": _check(identity, found)}
+            write_text(note, json.dumps(row))
     return found
+
+
+def seal(folder: Path, note: Path) -> None:
+    """Write the SHA-256 of all of a folder's files into a file beside it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    rows = {path.relative_to(folder).as_posix(): _digest(path).hex() for path in files}
+    write_text(note, json.dumps(rows, indent=1) + "\n")
+
+
+def is_whole(folder: Path, note: Path) -> bool:
+    """Tell whether the files of a folder are those that `seal` saw."""
+    try:
+        rows = json.loads(note.read_text(encoding="utf-8"))
+        return bool(rows) and all(sha256(folder / name) == found for name, found in rows.items())
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
 
 
 def _digest(file: Path) -> bytes:
@@ -61,6 +78,11 @@ def _digest(file: Path) -> bytes:
 
 def _digest_of_all(files: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(map(_digest, files))).hexdigest()
+
+
+def _check(identity: str, found: str) -> str:
+    """Hash a note's parts, so that a damaged one is told from a whole one."""
+    return hashlib.sha256(f"{identity}\n{found}".encode()).hexdigest()
 
 
 def _identity(files: Sequence[Path]) -> str:

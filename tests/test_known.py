@@ -11,9 +11,12 @@ from conftest import TASKS
 from torch import Tensor
 
 from adamerge import Entropy, KLTeacher, Supervised
+from adamerge.errors import AdamergeWarning
 from adamerge.fitting import RunCLI, open_vectors
 from adamerge.task.known import Known, facts_of
 from adamerge.vectors import TaskVectors
+
+HOW: dict[str, Any] = {"eval_batch_size": 256, "device": torch.device("cpu")}
 
 
 def in_files(clip: Path) -> TaskVectors:
@@ -61,14 +64,19 @@ class TestKnown:
         content = file.read_bytes()
         file.write_bytes(content[:-1] + b"\x7f" if damage == b"\x00" else damage)
         known = Known()
-        known.teach("a", lambda: torch.ones(3, 2), ["x"])
+        with pytest.warns(AdamergeWarning, match="is damaged: it is made again") as warned:
+            known.teach("a", lambda: torch.ones(3, 2), ["x"])
+        assert len(warned) == 1
         assert torch.equal(known.features["a"], torch.ones(3, 2))
         assert file.read_bytes() == content
 
     def test_without_a_folder_features_are_in_memory(self, cache: Path) -> None:
         cache.write_text("no folder")
         known = Known()
-        known.teach("a", lambda: torch.ones(3, 2), ["x"])
+        with pytest.warns(AdamergeWarning, match="nothing is kept in") as warned:
+            known.teach("a", lambda: torch.ones(3, 2), ["x"])
+        assert len(warned) == 1
+        known.teach("b", lambda: torch.ones(3, 2), ["x"])
         assert torch.equal(known.features["a"], torch.ones(3, 2))
 
 
@@ -93,18 +101,18 @@ def test_facts_tell_experts_images_and_preprocessing_apart(clip: Path) -> None:
     vectors, backbone = in_files(clip).stored("stream"), task.backbone
     images, others = data.adaptation(TASKS[0]), data.adaptation(TASKS[1])
     found = [
-        facts_of(vectors, TASKS[0], backbone, images),
-        facts_of(vectors, TASKS[1], backbone, images),
-        facts_of(vectors, TASKS[0], backbone, others),
+        facts_of(vectors, TASKS[0], backbone, images, **HOW),
+        facts_of(vectors, TASKS[1], backbone, images, **HOW),
+        facts_of(vectors, TASKS[0], backbone, others, **HOW),
     ]
     assert None not in found
     assert len(set(map(str, found))) == 3
-    assert found[0] == facts_of(in_files(clip).stored("stream"), TASKS[0], backbone, images)
+    assert found[0] == facts_of(in_files(clip).stored("stream"), TASKS[0], backbone, images, **HOW)
     edited = vectors.edit(lambda _, stack: stack / 2)
     for unknown in (edited, task.vectors, in_files(clip)):
-        assert facts_of(unknown, TASKS[0], backbone, images) is None
+        assert facts_of(unknown, TASKS[0], backbone, images, **HOW) is None
     backbone.transform_key = ""
-    assert facts_of(vectors, TASKS[0], backbone, images) is None
+    assert facts_of(vectors, TASKS[0], backbone, images, **HOW) is None
 
 
 @pytest.mark.parametrize(("objective", "labelled"), [(Supervised, True), (Entropy, False)])
@@ -114,6 +122,23 @@ def test_inputs_of_a_run_name_the_labels_that_it_learns_on(
     data, task = memory_data(), make_task(clip, objective=objective())
     asked: list[bool] = []
     monkeypatch.setattr(data, "fingerprint", lambda *, labelled: asked.append(labelled) or {})
-    run = SimpleNamespace(model=task, datamodule=data, _resolved="{}")
+    settings = SimpleNamespace(model=SimpleNamespace(base=str(clip / "base"), experts={}))
+    run = SimpleNamespace(model=task, datamodule=data, _resolved="{}", settings=settings)
     assert RunCLI._inputs(run)["data"] == {}  # type: ignore[arg-type]  # what it reads of a run
     assert asked == [labelled]
+
+
+def test_features_of_another_batch_size_thread_count_or_device_are_others(clip: Path, cache: Path) -> None:
+    vectors, data = in_files(clip).stored("stream"), memory_data()
+    backbone = make_task(clip).backbone
+    images = data.adaptation(TASKS[0])
+    found = [facts_of(vectors, TASKS[0], backbone, images, **HOW)]
+    for change in ({"eval_batch_size": 3}, {"device": torch.device("meta")}):
+        found.append(facts_of(vectors, TASKS[0], backbone, images, **(HOW | change)))
+    torch.set_num_threads(2)
+    try:
+        found.append(facts_of(vectors, TASKS[0], backbone, images, **HOW))
+    finally:
+        torch.set_num_threads(1)
+    assert None not in found
+    assert len({str(facts) for facts in found}) == len(found)

@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from adamerge.checkpoints.settings import settings_digest
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import InputError
 from adamerge.models import Backbone, Head, Statistics
@@ -39,13 +41,15 @@ def expert_statistics(
         )
     images = {task: data.adaptation(task) for task in vectors.tasks}
     seen = {task: hashlib.sha256(b"".join(found.digests())).hexdigest() for task, found in images.items()}
+    root, key = getattr(vectors.origins.base, "root", None), getattr(backbone, "transform_key", "")
+    function = f"{settings_digest(root) if isinstance(root, Path) else ''}/{key}"
     return Statistics(
         backbone,
         heads,
         {task: found.images for task, found in images.items()},
         lambda task: vectors.state(vectors.one_hot(task)),
         keys={
-            task: f"{digests['base']}/{digests[task]}/{seen[task]}/{_digest(heads[task])}"
+            task: f"{digests['base']}/{digests[task]}/{seen[task]}/{_digest(heads[task])}/{function}"
             for task in vectors.tasks
         },
         **options,

@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from adamerge.atomic import atomic_folder
-from adamerge.cache import cache_folder
+from adamerge.cache import cache_folder, warn_of_damage
 from adamerge.checkpoints.contents import choose, tensors_in
 from adamerge.checkpoints.layout import PICKLED
 from adamerge.checkpoints.pickled import open_pickled, read_all
-from adamerge.digests import sha256
+from adamerge.digests import is_whole, seal, sha256
 from adamerge.errors import AdamergeWarning
 
 
@@ -33,7 +33,9 @@ def with_safetensors(folder: Path, role: str) -> Path:
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     row = "\n".join(f"{place} {sha256(path)}" for place, path in files.items())
     target = cache_folder() / "converted" / hashlib.sha256(row.encode()).hexdigest()
-    if not (target / PICKLED[name]).exists():
+    note = target.with_name(f"{target.name}.json")
+    if not is_whole(target, note):
+        warn_of_damage(target / PICKLED[name])
         message = f"{role} has no safetensors: {name} is converted, without running it, into {target}."
         warnings.warn(message, AdamergeWarning, stacklevel=2)
         with open_pickled(source) as found:
@@ -44,4 +46,5 @@ def with_safetensors(folder: Path, role: str) -> Path:
                     (made / place).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, made / place)
             save_file(tensors, made / PICKLED[name], {"format": "pt"})
+        seal(target, note)
     return target

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.atomic import atomic_folder
-from adamerge.cache import cache_folder
+from adamerge.cache import cache_folder, warn_of_damage
 from adamerge.errors import InputError, nearest
 from adamerge.hub import snapshot
 
@@ -99,8 +99,17 @@ def _download(source: str, repository: str) -> Path:
 def _linked(configuration: str, weights: Path) -> Path:
     key = hashlib.sha256(f"{configuration}\n{weights}".encode()).hexdigest()[:32]
     target = cache_folder() / "open_clip" / key
-    if not (target / WEIGHTS).exists() or not (target / CONFIG).exists():
+    if not _is_whole(target, configuration, weights):
+        warn_of_damage(target / CONFIG)
         with atomic_folder(target, overwrite=True) as folder:
             (folder / CONFIG).write_text(configuration + "\n", encoding="utf-8")
             (folder / WEIGHTS).symlink_to(weights)
     return target
+
+
+def _is_whole(folder: Path, configuration: str, weights: Path) -> bool:
+    try:
+        is_same = (folder / CONFIG).read_text(encoding="utf-8") == f"{configuration}\n"
+        return is_same and (folder / WEIGHTS).resolve() == weights.resolve() and weights.exists()
+    except (OSError, ValueError):
+        return False

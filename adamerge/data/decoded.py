@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge.atomic import atomic_file, require_free_space
-from adamerge.cache import cache_folder
+from adamerge.cache import cache_folder, warn_of_damage
 from adamerge.digests import remembered
 from adamerge.errors import AdamergeWarning, EnvironmentProblem
 
-_FORMAT = 1  # one more whenever the same source would give other pixels
+_FORMAT = 2  # one more whenever the same source would give other pixels
 _HEADER = 1024  # bytes; written last, when the number of images is known
-_PARTS = ("images", "digests", "skipped")
+_PARTS = ("images", "digests", "skipped", "check")  # the last is the SHA-256 of the two before it
 Found = Iterable[Tensor | str]  # each row's image, or why there is none
 
 
@@ -95,9 +95,10 @@ def _write(file: Path, found: Found, n_rows: int) -> None:
             digests.append(hashlib.sha256(pixels).digest())
             stream.write(pixels)
         notes = json.dumps(skipped).encode()
-        stream.write(b"".join(digests) + notes)
+        rows = b"".join(digests)
+        stream.write(rows + notes + _check(rows, notes))
         stream.seek(0)
-        stream.write(_header([len(digests), *shape], [len(digests), 32], [len(notes)]))
+        stream.write(_header([len(digests), *shape], [len(digests), 32], [len(notes)], [32]))
 
 
 def _header(*shapes: list[int]) -> bytes:
@@ -112,12 +113,26 @@ def _header(*shapes: list[int]) -> bytes:
 
 
 def _read(file: Path) -> Decoded | None:
-    """Map a file whose images are what their digests say; None where there is no such file."""
+    """Map a file whose images are what their digests say; None, after a warning where it is damaged."""
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            images, digests, notes = (opened.get_tensor(name) for name in _PARTS)
-        state = remembered("images", [file], lambda: str(torch.equal(digests_of(images), digests)))
-        skipped = {int(row): why for row, why in json.loads(bytes(notes.tolist())).items()}
-    except (OSError, SafetensorError, ValueError):
+        found = _mapped(file)
+    except (OSError, SafetensorError, ValueError, RuntimeError):
+        found = None
+    if found is None:
+        warn_of_damage(file)
+    return found
+
+
+def _mapped(file: Path) -> Decoded | None:
+    with safe_open(str(file), framework="pt") as opened:
+        images, digests, notes, check = (opened.get_tensor(name) for name in _PARTS)
+    text = bytes(notes.tolist())
+    if bytes(check.tolist()) != _check(digests.numpy().tobytes(), text) or images.dtype != torch.uint8:
         return None
+    state = remembered("images", [file], lambda: str(torch.equal(digests_of(images), digests)))
+    skipped = {int(row): why for row, why in json.loads(text).items()}
     return Decoded(images, digests, skipped) if state == "True" else None
+
+
+def _check(digests: bytes, notes: bytes) -> bytes:
+    return hashlib.sha256(digests + notes).digest()

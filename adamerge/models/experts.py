@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from adamerge.atomic import write_text
-from adamerge.errors import DataError, InputError, shortlist
+from adamerge.cache import warn_of_damage, warn_of_no_room
+from adamerge.errors import DataError, EnvironmentProblem, InputError, shortlist
 from adamerge.models.base import Backbone
 from adamerge.models.grams import Trace, trace
 from adamerge.models.heads import Head
@@ -70,15 +71,36 @@ class Experts:
         """Which weights a forward pass uses, and how."""
         task = next(iter(self.images))
         file = self.file("trace", task).with_suffix(".json")
-        if not file.exists():
-            found = trace(self.backbone, self.weights(task), next(self.batches(task))[:1])
-            write_text(file, json.dumps(asdict(found)))
-        return Trace(**json.loads(file.read_text(encoding="utf-8")))
+        return _read_trace(file) or self._measured_trace(task, file)
+
+    def _measured_trace(self, task: str, file: Path) -> Trace:
+        found = trace(self.backbone, self.weights(task), next(self.batches(task))[:1])
+        facts = asdict(found)
+        try:
+            write_text(file, json.dumps(facts | {"check": short_hash(facts)}))
+        except (OSError, EnvironmentProblem) as error:
+            warn_of_no_room(file, error)
+        return found
 
     def file(self, kind: str, task: str, *more: object) -> Path:
         """Name a file by all that its content depends on."""
         facts = [task, self.keys.get(task), self.samples, self.batch_size, self.seed, *more]
+        facts += [torch.__version__, torch.get_num_threads(), self.device.type]
         return self.folder / f"{kind}-{short_hash(facts)}"
+
+
+def _read_trace(file: Path) -> Trace | None:
+    """Read a trace; None where there is no file of one, and, after a warning, where it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts.pop("check") == short_hash(facts):
+            return Trace(**facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    warn_of_damage(file)
+    return None
 
 
 def short_hash(facts: object) -> str:

@@ -1,6 +1,5 @@
 """Zero-shot heads of a text tower, kept on disk by content: names say nothing of weights."""
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -12,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.cache import cache_folder
-from adamerge.checkpoints import open_checkpoint, save_tensors
+from adamerge.checkpoints import open_checkpoint
+from adamerge.checkpoints.kept import keep, read_kept
+from adamerge.checkpoints.settings import settings_digest
 from adamerge.data.tasks import TaskSpec
-from adamerge.digests import sha256
 from adamerge.errors import InputError
 from adamerge.models.heads import Head
 
-_RECIPE = 1  # of `Head.zero_shot`; another number leaves the heads of older versions alone
-_OURS = "adamerge.json"
+_RECIPE = 2  # of `Head.zero_shot`; another number leaves the heads of older versions alone
 
 
 class TextTower(NamedTuple):
@@ -61,14 +60,13 @@ def zero_shot(
     for task, spec in tasks.items():
         row = json.dumps([model, _RECIPE, spec.classes, spec.templates])
         file = cache_folder() / "heads" / f"{hashlib.sha256(row.encode()).hexdigest()}.safetensors"
-        head = _read(file, len(spec.classes))
-        if head is None:
+        found = read_kept(file) or {}
+        if "weight" not in found:
             tower = tower or load()
             with torch.no_grad():
                 head = Head.zero_shot(tower.encode, spec.classes, spec.templates, tower.scale)
-            with contextlib.suppress(Exception):  # a cache that cannot be written is no reason to stop
-                save_tensors({"weight": head.weight}, file)
-        heads[task] = head
+            found = keep({"weight": head.weight}, file)
+        heads[task] = Head(found["weight"].clone())
     return heads
 
 
@@ -82,16 +80,6 @@ def without_text_tower(folder: Path, why: str) -> InputError:
 
 def _digest(folder: Path, library: str) -> str:
     """Hash what determines text features: weights, and every small file that may configure or tokenize."""
-    small = (path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".model"))
-    parts = [library, open_checkpoint(folder, role="base").file_digest()]
-    parts += [f"{path.name} {sha256(path)}" for path in small if path.name != _OURS]
+    parts = [library, open_checkpoint(folder, role="base").file_digest(), settings_digest(folder)]
+    parts += [torch.__version__, str(torch.get_num_threads())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _read(file: Path, n_classes: int) -> Head | None:
-    """Read a head; None where there is none that is whole."""
-    with contextlib.suppress(InputError):
-        head = Head.from_file(file)
-        if len(head.weight) == n_classes and head.weight.isfinite().all():
-            return head
-    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints import open_checkpoint, save_tensors
+from adamerge.checkpoints.kept import keep, read_kept
 from adamerge.coefficients.grouping import GROUPINGS
 from adamerge.models.experts import Experts, short_hash
 from adamerge.models.fisher import FisherMode, fisher_diagonal
@@ -66,14 +66,14 @@ class _Kept(ExpertStatistic):
             missing = [other for other in self.order if other not in found]
             names = _fitting(name, missing, self.n_bytes, self.experts.budget)
             file = stem.with_name(f"{stem.name}-{short_hash(names)}.safetensors")
-            save_tensors(self.measure(task, names), file)
-            found |= _parts([file])
+            part = keep(self.measure(task, names), file)
+            found |= dict.fromkeys(part, part)
         return found[name][name]
 
 
 def _parts(files: Iterable[Path]) -> dict[str, State]:
-    """Give the file of every tensor, opened."""
-    return {name: part for part in map(open_checkpoint, files) for name in part}
+    """Return the file of every tensor, mapped; damaged files are left out."""
+    return {name: part for part in map(read_kept, files) if part is not None for name in part}
 
 
 def _fitting(first: str, names: Iterable[str], n_bytes: Callable[[str], int], budget: int) -> list[str]:

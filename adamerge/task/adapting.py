@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamerge.coefficients import Coefficients
+from adamerge.data.datasets import Images
 from adamerge.data.module import Batch
 from adamerge.errors import AdamergeWarning, InputError, NumericError, shortlist
 from adamerge.mixture import RouterStep
@@ -250,12 +251,17 @@ class MergeTask(Stepping):
         if self.objective.needs_teacher:
             for task in track(self.data.tasks_here(), "Caching the experts' features"):
                 images = self.data.adaptation(task)
-                of_file = facts_of(self.experts, task, self.backbone, images) if self.data.cache else None
+                of_file = self._facts(task, images) if self.data.cache else None
                 self.known.teach(task, partial(self.expert_features, task, images), of_file)
         if self.objective.needs_labels:
             for task in self.data.tasks_here():
                 self.known.label(task, self.data.adaptation_labels(task), len(self.heads[task].weight))
         self.known.to(self._where)
+
+    def _facts(self, task: str, images: Images) -> list[str] | None:
+        """Name what an expert's features depend on: see `facts_of`."""
+        how = {"eval_batch_size": self.data.eval_batch_size, "device": self._where}
+        return facts_of(self.experts, task, self.backbone, images, **how)
 
     def on_fit_end(self) -> None:
         """From now on a router gives each sample its mixture; tell which tasks were never worth a step."""

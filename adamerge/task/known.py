@@ -3,27 +3,24 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from adamerge.cache import cache_folder
-from adamerge.checkpoints.writing import save_tensors
+from adamerge.checkpoints.kept import keep, read_kept
+from adamerge.checkpoints.settings import settings_digest
 from adamerge.data.datasets import Images
 from adamerge.data.module import Batch
-from adamerge.digests import remembered
-from adamerge.errors import EnvironmentProblem
 from adamerge.models import Backbone
 from adamerge.vectors import TaskVectors
 from adamerge.vectors.origins import Filed
 from adamerge.vectors.streamed import StreamedBlock
 
-_FORMAT = 1  # one more whenever the same experts and images would give other features
+_FORMAT = 2  # one more whenever the same experts and images would give other features
 Features = Float[Tensor, "image dim"]
 
 
@@ -47,9 +44,11 @@ class Known:
             compute: Gives them.
             facts: All that they depend on (see `facts_of`), if a file may keep them for the next run.
         """
-        found = None if facts is None else kept(compute, [task, *facts])
-        self._mapped |= {task} if found is not None else set()
-        self.features[task] = compute() if found is None else found
+        if facts is None:
+            self.features[task] = compute()
+            return
+        self.features[task], is_mapped = kept(compute, [task, *facts])
+        self._mapped |= {task} if is_mapped else set()
 
     def label(self, task: str, labels: Int64[Tensor, " image"], n_classes: int) -> None:
         """Take the labels of a task's images."""
@@ -74,8 +73,16 @@ class Known:
         }
 
 
-def facts_of(experts: TaskVectors, task: str, backbone: Backbone, images: Images) -> list[str] | None:
-    """Name all that an expert's features depend on; None where there is no telling.
+def facts_of(
+    experts: TaskVectors,
+    task: str,
+    backbone: Backbone,
+    images: Images,
+    *,
+    eval_batch_size: int,
+    device: torch.device,
+) -> list[str] | None:
+    """Name all that an expert's features depend on, to the last bit; None where there is no telling.
 
     That is so of states in memory, of vectors in a form that may lose something, and of a backbone whose
     preprocessing has no name.
@@ -86,52 +93,33 @@ def facts_of(experts: TaskVectors, task: str, backbone: Backbone, images: Images
     if not (as_they_are and in_files and backbone.transform_key):
         return None
     seen = hashlib.sha256(b"".join(images.digests())).hexdigest()
-    function = f"{type(backbone).__name__} {_configured(states[0])}"
-    arithmetic = f"{torch.__version__} float32"
+    root = getattr(states[0], "root", None)
+    settings = settings_digest(root) if isinstance(root, Path) else ""
+    function = f"{type(backbone).__name__} {settings}"
+    arithmetic = _arithmetic(eval_batch_size, device)
     weights = [experts.digests["base"], experts.digests[task], *experts.names]
     return [*weights, seen, backbone.transform_key, function, arithmetic]
 
 
-def _configured(base: object) -> str:
-    """Hash what tells a base's architecture, such as heads, activation and pooling, beside its weights."""
-    root = getattr(base, "root", None)
-    if not isinstance(root, Path):
-        return ""
-    folder = root if root.is_dir() else root.parent
-    found = sorted([*folder.glob("*.json"), *folder.glob("*/config.json")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in found)).hexdigest()
+def _arithmetic(eval_batch_size: int, device: torch.device) -> str:
+    """Name what the last bits of a forward pass depend on, beside the model and its input."""
+    facts = [torch.__version__, "float32", torch.get_float32_matmul_precision(), torch.get_num_threads()]
+    return json.dumps([*facts, eval_batch_size, device.type])
 
 
-def kept(compute: Callable[[], Features], facts: Sequence[str]) -> Features | None:
+def kept(compute: Callable[[], Features], facts: Sequence[str]) -> tuple[Features, bool]:
     """Map what an earlier run wrote, or compute, write a file of the cache folder and map that.
 
-    The file appears whole or not at all; a damaged one is replaced.
+    The file appears whole or not at all; a damaged one is replaced, after a warning.
 
     Returns:
-        The mapped features; None where nothing can be written.
+        The features, and whether they are mapped: they are in memory where nothing can be written.
     """
     name = hashlib.sha256(json.dumps([_FORMAT, *facts]).encode()).hexdigest()[:32]
     file = cache_folder() / "features" / f"{name}.safetensors"
-    found = _read(file)
-    if found is None:
-        with suppress(OSError, EnvironmentProblem):
-            features = compute()
-            save_tensors({"features": features, "digest": _digest(features)}, file)
-            found = _read(file)
-    return found
-
-
-def _read(file: Path) -> Features | None:
-    """Map a file whose features are what its digest says; None where there is no such file."""
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            features, digest = (opened.get_tensor(name) for name in ("features", "digest"))
-        state = remembered("features", [file], lambda: str(torch.equal(_digest(features), digest)))
-    except (OSError, SafetensorError, ValueError):
-        return None
-    return features if state == "True" else None
-
-
-def _digest(features: Features) -> Tensor:
-    digest = hashlib.sha256(features.contiguous().numpy().tobytes()).digest()
-    return torch.tensor([*digest], dtype=torch.uint8)
+    found = read_kept(file)
+    if found is None or "features" not in found:
+        features = compute()
+        found = keep({"features": features}, file)
+        return found["features"], found["features"] is not features
+    return found["features"], True

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adamerge import TaskSpec
 from adamerge.cache import cache_folder
-from adamerge.errors import InputError
+from adamerge.errors import AdamergeWarning, InputError
 from adamerge.models import Head, head_cache, open_heads
 from adamerge.models.head_cache import TextTower, zero_shot
 
@@ -109,7 +109,7 @@ def test_another_library_or_recipe_is_another_head(
 ) -> None:
     zero_shot(folder, "library 1", load, TASKS)
     zero_shot(folder, "library 2", load, TASKS)
-    monkeypatch.setattr(head_cache, "_RECIPE", 2)
+    monkeypatch.setattr(head_cache, "_RECIPE", 3)
     zero_shot(folder, "library 2", load, TASKS)
     assert load.count == 3
 
@@ -129,7 +129,8 @@ def test_a_damaged_file_is_made_again(folder: Path, load: Loads, cache: Path, ki
     expected = zero_shot(folder, "library 1", load, one)
     (file,) = cache.glob("*.safetensors")
     DAMAGES[kind](file)
-    assert weights(zero_shot(folder, "library 1", load, one)) == weights(expected)
+    with pytest.warns(AdamergeWarning, match="is damaged: it is made again"):
+        assert weights(zero_shot(folder, "library 1", load, one)) == weights(expected)
     assert load.count == 2
     assert torch.equal(load_file(file)["weight"], expected["a"].weight)
 
@@ -139,7 +140,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path / "file"))
-    assert weights(zero_shot(folder, "library 1", load, TASKS))
+    with pytest.warns(AdamergeWarning, match="nothing is kept in") as warned:
+        assert weights(zero_shot(folder, "library 1", load, TASKS))
+    assert len(warned) == 1
     zero_shot(folder, "library 1", load, TASKS)
     assert load.count == 2
 
