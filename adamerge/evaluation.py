@@ -49,6 +49,7 @@ def evaluate(
         told: Whether the model is told the task, so that "unknown" means nothing.
         tasks: Which tasks to evaluate; default: all that have test images.
     """
+    data.use_heads(heads)
     found = Evaluation({}, {}, {}, {})
     for task in track(data.tested_tasks if tasks is None else tasks, "Evaluating"):
         weights: list[Tensor] = []

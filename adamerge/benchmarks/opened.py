@@ -43,6 +43,7 @@ class Models:
         """Hash the images, labels and head files that a row depends on, as the backbone reads them."""
         data = copy(self.data)  # which shares what is loaded
         data.use(self.backbone)
+        data.use_heads(self.heads)
         if is_static(method) and not measures(method):
             data.tasks = {task: replace(spec, adapt=None) for task, spec in data.tasks.items()}
         return data.fingerprint()

@@ -113,7 +113,7 @@ class MergedModel(pl.Callback):
         """Merge once more and write."""
         if not trainer.is_global_zero:
             return
-        classes = {task: list(spec.classes) for task, spec in pl_module.data.tasks.items()}
+        classes = {task: pl_module.data.class_names(task) for task in pl_module.data.tasks}
         provenance = {"weights": dict(pl_module.vectors.digests)}
         if pl_module.mixture is not None:
             pl_module.mixture.classes = classes

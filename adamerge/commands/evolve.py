@@ -167,7 +167,7 @@ def _write(table: Benchmark, task: _Opened, flow: Flow, rows: list[ResultRow]) -
     backbone = FlowBackbone(task.backbone, flow).to(cpu)
     weights = {name: task.weights[name].cpu() for name in backbone.names}
     heads = {name: head.to(cpu) for name, head in models.heads.items()}
-    classes = {name: spec.classes for name, spec in table.data.tasks.items()}
+    classes = {name: table.data.class_names(name) for name in table.data.tasks}
     mixture = Mixture(TaskVectors((), {}, weights, None), backbone, heads, None, classes)
     config = {"method": row.method, **row.provenance["config"]}
     sources = {"base": models.base, **models.experts}

@@ -18,7 +18,7 @@ from adamerge.data.module import LABELS, MultiTaskData
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, NumericError
 from adamerge.fitting import model_settings, run, shared_file, weight_digests
-from adamerge.models import open_backbone
+from adamerge.models import open_backbone, open_heads
 from adamerge.progress import console, duration, print_line
 from adamerge.results import outcome, read_row
 
@@ -128,6 +128,7 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
     images = MultiTaskData(tasks, cache=False)  # what was remembered of files proves nothing
     images.use(open_backbone(model["base"]))
+    images.use_heads(open_heads(model["base"], tasks, model["experts"]))
     sources = {**model["experts"], **shared_file(model.get("shared"))}
     weights = weight_digests(model["base"], sources, fresh=True)
     labelled = any(name.endswith(LABELS) for name in inputs["data"])

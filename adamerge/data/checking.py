@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamerge.data.datasets import Images, Origin
 from adamerge.data.decoded import digests_of
 from adamerge.data.decoding import content, decode
-from adamerge.data.labels import difference_of_order
+from adamerge.data.labels import HeadClasses, difference_of_order, match_labels
 from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import find_source
 from adamerge.data.tasks import EMBEDDED, TaskSpec, embedded_source
@@ -37,6 +38,7 @@ class Report:
             one that cannot be decoded counts as empty.
         problems: What is wrong, or differs from what was expected.
         kind: "images" or "texts".
+        left_out: Files below the source that are not read.
     """
 
     source: str
@@ -48,10 +50,16 @@ class Report:
     digest: str = ""
     problems: tuple[str, ...] = ()
     kind: str = "images"
+    left_out: tuple[str, ...] = ()
 
 
 def check_source(
-    spec: TaskSpec, role: str, expected: Mapping[str, Any] | None = None, *, part: str = "test"
+    spec: TaskSpec,
+    role: str,
+    expected: Mapping[str, Any] | None = None,
+    *,
+    part: str = "test",
+    head: HeadClasses | None = None,
 ) -> Report:
     """Read a task's images once and compare them with what is expected.
 
@@ -61,6 +69,7 @@ def check_source(
         expected: ``images`` (a number), ``classes`` (names in label order, or their number) and
             ``digest``, each only where it is known.
         part: "test" (labels are needed) or "adapt" (labels are not read).
+        head: What is known of the rows of the task's head.
 
     Returns:
         The report; what cannot be read at all is a problem in it.
@@ -72,13 +81,13 @@ def check_source(
     if source is None:
         return Report("", problems=("no images were given",))
     try:
-        report = _count(source, spec, role, labelled=part == "test")
+        report = _count(source, spec, role, head, labelled=part == "test")
     except DataError as error:
         return Report(source, problems=(" ".join(str(error).splitlines()),))
     return replace(report, problems=(*_faults(report, spec.classes), *_differences(report, expected or {})))
 
 
-def _count(source: str, spec: TaskSpec, role: str, *, labelled: bool) -> Report:
+def _count(source: str, spec: TaskSpec, role: str, head: HeadClasses | None, *, labelled: bool) -> Report:
     if source.startswith(EMBEDDED):
         from adamerge.data.embedded import load_split
 
@@ -96,9 +105,31 @@ def _count(source: str, spec: TaskSpec, role: str, *, labelled: bool) -> Report:
         classes=(rows.class_names(named) if named else ()) or tuple(spec.classes),
         undecodable=tuple(each for each in found if isinstance(each, str)),
         kind="texts" if texts else "images",
+        left_out=rows.source.left_out,
     )
     hashes = (_NO_CONTENT if isinstance(each, str) else each for each in found)
-    return _with_counts(report, hashes, rows.labels(named) if named else None)
+    labels = rows.labels(named, hidden=True) if named else None
+    report = _with_counts(report, hashes, labels)
+    if named is None or labels is None:
+        return report
+    return replace(report, problems=_label_problems(rows, named, labels, spec, head))
+
+
+def _label_problems(
+    rows: Rows, column: str, labels: Tensor, spec: TaskSpec, head: HeadClasses | None
+) -> tuple[str, ...]:
+    """Match labels with the task's classes, as evaluation does; words without classes are no problem here."""
+    origin = Origin(rows.source.given, words=rows.names_are_words(column))
+    if origin.words and not (spec.classes or (head and head.names)):
+        return ()
+    images = Images(
+        torch.zeros(len(labels), 1, 1, dtype=torch.int64), labels, rows.class_names(column), origin=origin
+    )
+    try:
+        match_labels("", images, spec.classes, head)
+    except DataError as error:
+        return (" ".join(str(error).splitlines()).removeprefix("task '': "),)
+    return ()
 
 
 def _hashed_images(rows: Rows, column: str) -> Iterator[bytes | str]:
@@ -136,13 +167,16 @@ def _faults(report: Report, classes: Sequence[str]) -> Iterator[str]:
     if report.undecodable:
         count = f"{len(report.undecodable)} of {report.images} {report.kind}"
         yield f"{count} cannot be decoded: {shortlist(report.undecodable, 3)}"
+    problems = []
     if classes and max(len(report.classes), len(report.per_class)) != len(classes):
-        yield f"{max(len(report.classes), len(report.per_class))} classes, the task has {len(classes)} names"
+        count = max(len(report.classes), len(report.per_class))
+        problems.append(f"{count} classes, the task has {len(classes)} names")
     moved = difference_of_order(classes, report.classes)
-    if moved:
-        yield moved
+    if moved and report.problems:
+        problems.append(moved)
     if sum(report.per_class) not in (0, report.images):
-        yield f"{report.images - sum(report.per_class)} {report.kind} have a negative label"
+        problems.append(f"{report.images - sum(report.per_class)} {report.kind} have a negative label")
+    yield from problems or report.problems
 
 
 def _differences(report: Report, expected: Mapping[str, Any]) -> Iterator[str]:

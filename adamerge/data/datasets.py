@@ -1,10 +1,13 @@
 """A source's images: all of them, decoded once, or a few at a time."""
 
 import json
+import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from adamerge.data.corruptions import Corrupt, library_versions, make_corruption
 from adamerge.data.decoded import Decoded, decode_all, decode_once, digests_of
 from adamerge.data.decoding import Preprocess, decode, require_same_size
 from adamerge.data.rows import Rows, open_rows
-from adamerge.data.sources import find_source, image_files
+from adamerge.data.sources import Source, find_source
 from adamerge.data.tasks import EMBEDDED, embedded_source
 from adamerge.data.texts import text_column, tokens_of
 from adamerge.digests import sha256_of_all
@@ -25,6 +28,29 @@ from adamerge.progress import track
 
 CORRUPT_CEILING = 0.01
 Whole = UInt8[Tensor, "whole channel height width"] | Int64[Tensor, "whole field token"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where images come from, for messages and for the matching of names.
+
+    Attributes:
+        source: What the user wrote; empty where that is not known.
+        skipped: Rows of the source that could not be decoded and are no images.
+        words: Whether the class names are the labels that occur, in an order that means nothing.
+        classes: Class names of the source, whether labels were kept or not.
+    """
+
+    source: str = ""
+    skipped: tuple[int, ...] = ()
+    words: bool = False
+    classes: tuple[str, ...] = ()
+
+    def row_of(self, image: int) -> int:
+        """Return the row of the source in which an image stands."""
+        for skipped in self.skipped:
+            image += skipped <= image
+        return image
 
 
 class Images(Dataset[dict[str, Tensor]]):
@@ -36,6 +62,7 @@ class Images(Dataset[dict[str, Tensor]]):
         class_names: What the source calls its labels, in label order; empty where it does not say.
         digests: SHA-256 of each image, where they are known.
         rows: Which of the images are meant, and labels and digests belong to; default: all.
+        origin: Where they come from.
     """
 
     def __init__(
@@ -46,8 +73,10 @@ class Images(Dataset[dict[str, Tensor]]):
         *,
         digests: UInt8[Tensor, "image 32"] | None = None,
         rows: Int64[Tensor, " image"] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.labels, self.class_names = labels, class_names
+        self.origin = origin or Origin()
         self._whole, self._rows, self._known_digests = images, rows, digests
 
     @property
@@ -72,7 +101,13 @@ class Images(Dataset[dict[str, Tensor]]):
     def part(self, index: Int64[Tensor, " image"]) -> "Images":
         """Give the images at these indices; no pixel is copied."""
         labels, digests = (None if x is None else x[index] for x in (self.labels, self._known_digests))
-        return Images(self._whole, labels, self.class_names, digests=digests, rows=self._places(index))
+        options: dict[str, Any] = {"digests": digests, "rows": self._places(index), "origin": self.origin}
+        return Images(self._whole, labels, self.class_names, **options)
+
+    def with_labels(self, labels: Int64[Tensor, " image"]) -> "Images":
+        """Return the same images under other labels; no pixel is copied."""
+        options: dict[str, Any] = {"digests": self._known_digests, "rows": self._rows, "origin": self.origin}
+        return Images(self._whole, labels, self.class_names, **options)
 
     def digests(self) -> list[bytes]:
         """Hash each decoded image, once, to tell equal images apart from different ones."""
@@ -124,20 +159,30 @@ def load_images(
         images, labels = load_split(*embedded_source(source))
         return Images(images, labels if labelled else None)
     rows = open_rows(find_source(source, role), role)
+    warn_of_left_out(rows.source, role)
     texts = text_column(rows, image_column)
     column = texts or rows.image_column(image_column)
     named = rows.label_column(label_column) if labelled else None
     labels = None if named is None else rows.labels(named)
+    names = rows.class_names(named) if named else ()
+    words = bool(named) and rows.names_are_words(named)
     if texts:
-        return Images(tokens_of(rows, column, preprocess), labels, rows.class_names(named) if named else ())
+        origin = Origin(source, (), words, rows.declared_names(label_column))
+        return Images(tokens_of(rows, column, preprocess), labels, names, origin=origin)
     found = _decoded(rows, column, preprocess, corruption, transform_key)
     if found.skipped:
         told = f"{role}: skipped {shortlist(found.skipped.values())}."
         warnings.warn(told, AdamergeWarning, stacklevel=2)
-    if named is None or labels is None:
-        return Images(found.images, digests=found.digests)
-    kept = tensor([row for row in range(len(rows)) if row not in found.skipped])
-    return Images(found.images, labels[kept], rows.class_names(named), digests=found.digests)
+    kept = None if labels is None else labels[[row for row in range(len(rows)) if row not in found.skipped]]
+    origin = Origin(source, tuple(sorted(found.skipped)), words, rows.declared_names(label_column))
+    return Images(found.images, kept, names, digests=found.digests, origin=origin)
+
+
+def warn_of_left_out(source: Source, role: str) -> None:
+    """Name the files of a source that are not read."""
+    if source.left_out:
+        told = f"{role}: these were left out: {shortlist(source.left_out)}."
+        warnings.warn(told, AdamergeWarning, stacklevel=3)
 
 
 class Chunk(NamedTuple):
@@ -158,8 +203,8 @@ class ImageStream:
     """A source's images in its own order, decoded a few at a time; labels are not read.
 
     Nothing is left out silently: an image that cannot be decoded is told in its place; a folder's files
-    whose suffix is no image's, and images beside parquet files, are named in a warning. Hidden files do
-    not count.
+    whose suffix is no image's, hidden images, further links to one file, and images beside parquet files
+    are named in a warning.
 
     Args:
         source: As for `load_images`.
@@ -181,10 +226,7 @@ class ImageStream:
         found = find_source(source, role)
         rows = open_rows(found, role)
         self._encoded, self._length = partial(rows.images, rows.image_column(image_column)), len(rows)
-        is_listed = found.root.is_dir() and found.layout != "datasets"
-        others = image_files(found.root, others=found.layout == "folder") if is_listed else []
-        if others:
-            warnings.warn(f"{role}: these were left out: {shortlist(others)}.", AdamergeWarning, stacklevel=2)
+        warn_of_left_out(found, role)
 
     def __len__(self) -> int:
         return self._length
@@ -211,12 +253,24 @@ def _decoded(
     from PIL import __version__ as pillow
 
     try:
-        digest = sha256_of_all(rows.source.files)
+        digest = sha256_of_all(_regular(rows.source.files))
     except OSError:  # a file that cannot be read is told as an image that cannot be decoded
         return decode_all(decode_rows())
     corrupted_by = corruption and [corruption, *library_versions()]
     parts = [digest, column, corrupted_by, transform_key, pillow]
     return decode_once(decode_rows, json.dumps(parts), len(rows))
+
+
+def _regular(files: Sequence[Path]) -> Sequence[Path]:
+    """Return the files; a pipe among them, which might never end, is an error.
+
+    Raises:
+        OSError: One is no regular file, or is not there.
+    """
+    for file in files:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise OSError(f"{file} is no file")
+    return files
 
 
 def _decode_rows(

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from adamerge.data.datasets import Images, Preprocess, load_images
-from adamerge.data.labels import require_same_classes
+from adamerge.data.labels import HeadClasses, head_names, match_labels, match_names
 from adamerge.data.sampling import StepSampler
 from adamerge.data.tasks import TaskSpec, resolve
-from adamerge.errors import AdamergeWarning, InputError, nearest
+from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
 
 Batch = dict[str, dict[str, Tensor]]
 Order = Literal["shuffled", "given"]
@@ -80,6 +80,7 @@ class MultiTaskData(pl.LightningDataModule):
         self.transform_key: str | None = None
         self._loaded: dict[tuple[str, str], Images] = {}
         self._splits: dict[str, tuple[Images, Images]] = {}
+        self._heads: dict[str, HeadClasses] = {}
         if any(self.batch_size_of(task) == 1 for task in self.adapting_tasks):
             warnings.warn(
                 "batch_size=1: the entropy of single images collapses easily; 16 is usual.",
@@ -94,6 +95,27 @@ class MultiTaskData(pl.LightningDataModule):
         if self.preprocess is not None and not is_known:  # what was loaded is another model's
             self._loaded, self._splits = {}, {}
         self.preprocess, self.transform_key = backbone.preprocess, key
+
+    def use_heads(self, heads: Mapping[str, Any]) -> None:
+        """Match labels with the rows of these heads from now on, by name where names are known.
+
+        Args:
+            heads: Heads by task: ``weight [class, dim]``, and what their files call the rows
+                (``classes``). The rows of a head file without names are called like the configured classes.
+        """
+        for task, spec in self.tasks.items():
+            if task in heads:
+                names = heads[task].classes or (tuple(spec.classes) if spec.head else ())
+                self._heads[task] = HeadClasses(len(heads[task].weight), names)
+
+    def class_names(self, task: str) -> list[str]:
+        """Return the names of the classes in the order of the head's rows; empty where nothing names them.
+
+        Raises:
+            DataError: The configured classes and those of the head cannot be matched.
+        """
+        head = self._heads.get(task, HeadClasses())
+        return list(head_names(task, self.tasks[task].classes, head))
 
     def batch_size_of(self, task: str) -> int:
         """Give the number of a task's adaptation images per step."""
@@ -120,16 +142,13 @@ class MultiTaskData(pl.LightningDataModule):
         return self._split(task)[1]
 
     def test(self, task: str) -> Images:
-        """Give the labelled test images.
+        """Return the labelled test images; labels are rows of the task's head.
 
         Raises:
             DataError: Labels do not fit the task's classes.
         """
-        spec = self.tasks[task]
-        images = self._images(task, "test", spec.test, labelled=True)
-        if spec.classes:
-            require_same_classes(task, images, spec.classes)
-        return images
+        images = self._images(task, "test", self.tasks[task].test, labelled=True)
+        return self._matched(task, images, "test")
 
     @property
     def adapting_tasks(self) -> tuple[str, ...]:
@@ -251,17 +270,32 @@ class MultiTaskData(pl.LightningDataModule):
         return adapt, images.part(order[:n_held].sort().values) if n_held else adapt
 
     def _labels(self, task: str, part: int) -> Tensor:
-        spec = self.tasks[task]
-        images = self._labelled(task)
-        if spec.classes:
-            require_same_classes(task, images, spec.classes, "adaptation")
+        images = self._matched(task, self._labelled(task), "adaptation")
         labels = self._cut(images)[part].labels
         assert labels is not None  # `_images` loads them or raises
         return labels
 
     def all_adaptation(self, task: str) -> Images:
-        """Give all unlabelled images of a task, held out or not."""
-        return self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)
+        """Return all unlabelled images of a task, held out or not."""
+        is_new = (task, "adaptation") not in self._loaded
+        images = self._images(task, "adaptation", self.tasks[task].adapt, labelled=False)
+        if is_new:
+            self._warn_of_other_classes(task, images)
+        return images
+
+    def _matched(self, task: str, images: Images, part: str) -> Images:
+        return match_labels(task, images, self.tasks[task].classes, self._heads.get(task), part)
+
+    def _warn_of_other_classes(self, task: str, images: Images) -> None:
+        """Say so where the images' own classes have no name in common with the task's."""
+        names, classes = images.origin.classes, self.class_names(task)
+        if len(names) > 1 and classes and not match_names(names, classes):
+            warnings.warn(
+                f"task {task!r}: adaptation images have the classes [{shortlist(names)}], the task has "
+                f"[{shortlist(classes)}]: are they its images?",
+                AdamergeWarning,
+                stacklevel=2,
+            )
 
     def _labelled(self, task: str) -> Images:
         return self._images(task, "labelled adaptation", self.tasks[task].adapt, labelled=True)

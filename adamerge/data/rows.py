@@ -2,7 +2,7 @@
 
 import contextlib
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from adamerge.data.sources import IMAGES, Source, is_hidden
-from adamerge.errors import DataError, nearest
+from adamerge.data.decoding import image_suffixes
+from adamerge.data.folders import is_hidden
+from adamerge.data.sources import Source
+from adamerge.errors import AdamergeError, DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -21,6 +23,8 @@ Encoded = dict[str, Any]
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "jpeg", "webp")
 _LABEL_COLUMNS = ("label", "fine_label", "cls", "labels")
 _AT_ONCE = 64  # encoded images in memory
+_MOST = 2**31  # classes
+_WORDS = ("string", "large_string", "string_view")
 
 
 @dataclass(frozen=True)
@@ -62,25 +66,58 @@ class Rows:
         """
         return self._column(wanted, _LABEL_COLUMNS, f"columns {list(self.features)}, and no 'label'")
 
-    def labels(self, column: str) -> Int64[Tensor, " image"]:
-        """Give all labels; truth values count as 0 and 1.
+    def labels(self, column: str, *, hidden: bool = False) -> Int64[Tensor, " image"]:
+        """Return all labels; words are numbered in the order of `class_names`.
+
+        Args:
+            column: The column.
+            hidden: Accept negative numbers, as unlabelled rows have them.
 
         Raises:
-            DataError: They are no numbers.
+            DataError: A label is no whole number from 0 on and no name, or a folder's sub-folders cannot be
+                its classes.
         """
-        with self._told():
-            values = self.values(column)
-        try:
-            return torch.tensor(values, dtype=torch.int64)
-        except (TypeError, ValueError, RuntimeError) as error:
+        if self.source.fault and not self.source.columns:
             raise DataError(
-                f"{self.role}: the labels of {self.source.given} are no numbers ({self.features[column]}).",
-                "Store each image's index into the class names.",
-            ) from error
+                f"{self.role}: {self.source.given}: {self.source.fault}.",
+                "Give a folder whose sub-folders are the classes.",
+            )
+        values = self._label_values(column)
+        if _are_words(values):
+            rows = {name: row for row, name in enumerate(self.class_names(column))}
+            return torch.tensor([rows[value] for value in values])
+        for row, value in enumerate(values):
+            problem = _label_problem(value, hidden)
+            if problem:
+                raise DataError(
+                    f"{self.role}: the labels of {self.source.given} {problem}: row {row} has {value!r}.",
+                    "Labels are each row's index into the class names, or the name itself.",
+                )
+        return torch.tensor([int(value) for value in values], dtype=torch.int64)
 
     def class_names(self, column: str) -> tuple[str, ...]:
-        """Give what the source calls its labels, in order; empty where it does not say."""
-        return tuple(getattr(self.features[column], "names", ()))
+        """Return what the source calls its labels, in order; empty where it does not say.
+
+        Where labels are words, these are all that occur, sorted.
+        """
+        declared = self.declared_names(column)
+        if declared or getattr(self.features[column], "dtype", "") not in _WORDS:
+            return declared
+        values = self._label_values(column)
+        return tuple(sorted(set(values))) if _are_words(values) else ()
+
+    def declared_names(self, column: str | None = None) -> tuple[str, ...]:
+        """Return the class names that features declare, or sub-folders are; no label is read."""
+        names = [column] if column else [name for name in _LABEL_COLUMNS if name in self.features]
+        return tuple(getattr(self.features.get(names[0]), "names", None) or ()) if names else ()
+
+    def names_are_words(self, column: str) -> bool:
+        """Return whether the class names are the labels that occur, in an order that means nothing."""
+        return not self.declared_names(column) and bool(self.class_names(column))
+
+    def _label_values(self, column: str) -> list[Any]:
+        with self._told():
+            return list(self.values(column))
 
     def images(self, column: str) -> Iterator[Encoded | None]:
         """Walk the images in order, undecoded."""
@@ -133,7 +170,7 @@ def open_rows(source: Source, role: str) -> Rows:
     if len(rows) == 0:
         raise DataError(
             f"{role}: {source.given} holds no images.",
-            f"Give a folder with files such as {', '.join(IMAGES[:3])}, or a parquet file with rows.",
+            "Give a folder with files such as .png, .jpg, .webp, or a parquet file with rows.",
         )
     return rows
 
@@ -181,13 +218,15 @@ def _tar_rows(source: Source, role: str) -> Rows:
 
     def values(column: str) -> list[Any]:
         found = ((read(row, column) or b"").decode().strip() for row in places.values())
-        return [int(text) if text.lstrip("-").isdecimal() else text for text in found]
+        texts = list(found)
+        numbers = all(text.removeprefix("-").isdecimal() for text in texts)
+        return [int(text) for text in texts] if numbers else [text or None for text in texts]
 
     def batches(column: str) -> Iterator[list[Encoded | None]]:
         for key, row in places.items():
             yield [{"bytes": read(row, column), "path": f"{key}.{column}"}]
 
-    kinds = {name: Image() if f".{name}" in IMAGES else Value("string") for name in columns}
+    kinds = {name: Image() if f".{name.lower()}" in image_suffixes() else Value("string") for name in columns}
     return Rows(source, role, Features(kinds), len(places), values, batches)
 
 
@@ -203,12 +242,16 @@ def _dataset_rows(source: Source, role: str, dataset: "Dataset") -> Rows:
 
 
 def _listed(source: Source) -> "Dataset":
-    """List a folder's images; where all lie in sub-folders, the sub-folders in order are the classes."""
+    """List a folder's images with what a table says of them, or with sub-folders in order as classes."""
     from datasets import ClassLabel, Dataset, Features, Image
 
     root = source.root
     images = [path.relative_to(root) for path in source.files if root.is_dir()]
     columns: dict[str, list[Any]] = {"image": [str(root / p) for p in images]}
+    if source.columns:
+        described = Dataset.from_dict({**source.columns})
+        kinds = Features({**described.features, "image": Image(decode=False)})
+        return Dataset.from_dict({**source.columns, **columns}, kinds)
     features: dict[str, Any] = {"image": Image(decode=False)}
     if images and all(len(p.parts) > 1 for p in images):
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
@@ -217,12 +260,28 @@ def _listed(source: Source) -> "Dataset":
     return Dataset.from_dict(columns, Features(features))
 
 
+def _are_words(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) and value for value in values) and len(values) > 0
+
+
+def _label_problem(value: Any, hidden: bool) -> str:
+    """Return what is wrong with a label; empty where nothing is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "are no numbers"
+    if isinstance(value, float) and not value.is_integer():
+        return "are no whole numbers"
+    if value >= _MOST:
+        return "are no class's"
+    return "" if value >= 0 or hidden else "are negative, as those of unlabelled rows are"
+
+
 @contextlib.contextmanager
 def _named_problems(given: str, role: str) -> Iterator[None]:
     """Turn what our libraries raise for damaged files into one line."""
-    from datasets.exceptions import DatasetsError
-
     try:
         yield
-    except (DatasetsError, OSError, ValueError, tarfile.TarError) as error:
-        raise DataError(f"{role}: {given} cannot be read: {error}") from error
+    except AdamergeError:
+        raise
+    except Exception as error:  # whatever they stumble over, the files are what is wrong
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{role}: {given} cannot be read: {reason}") from error

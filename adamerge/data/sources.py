@@ -1,21 +1,20 @@
 """Where images come from: a path or a hub id, with configuration and split, and the files behind it."""
 
 import json
-import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from adamerge.data.folders import SPLITS, Listing, list_folder, named_splits
+from adamerge.data.metadata import read_metadata
 from adamerge.errors import DataError, nearest, shortlist
 from adamerge.hub import nowhere, snapshot
 
 Layout = Literal["datasets", "parquet", "tar", "folder"]
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _WORD = re.compile(r"[\w.-]+")
 _TABLES: tuple[Layout, ...] = ("parquet", "tar")  # and the suffixes of their files
-_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,18 @@ class Source:
         layout: "datasets" (written by `save_to_disk`), "parquet", "tar" (of web data sets), or "folder" of
             image files.
         files: What must be read, in the order of the images.
+        columns: What a table beside a folder's images (metadata.csv) says of each.
+        left_out: Files below the source that are not read, with the reason where the name does not tell.
+        fault: Why a folder's sub-folders cannot be the classes; empty where they can.
     """
 
     given: str
     root: Path
     layout: Layout
     files: tuple[Path, ...]
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    fault: str = ""
 
 
 def find_source(given: str, role: str) -> Source:
@@ -41,7 +46,10 @@ def find_source(given: str, role: str) -> Source:
 
     A path that exists as it was written is that path, whatever characters it has. In a local folder a
     split is the parquet or tar files ``SPLIT-*``, ``SPLIT`` or ``SPLIT/0000`` anywhere below it, the part
-    SPLIT of a folder that `DatasetDict.save_to_disk` wrote, or else the sub-folder SPLIT.
+    SPLIT of a folder that `DatasetDict.save_to_disk` wrote, or else the sub-folder SPLIT. In a folder of
+    images, sub-folders named like splits are no classes: one must be named. A folder that does nothing but
+    hold the folder of the classes, as unpacked archives have it, is passed through. ``metadata.csv``,
+    ``.jsonl`` or ``.parquet`` beside the images says what they are, as `datasets` reads it.
 
     Args:
         given: The source.
@@ -62,16 +70,6 @@ def find_source(given: str, role: str) -> Source:
         raise DataError(f"{role}: {problem}", hint or "Give a folder of images or a parquet file.")
     root = snapshot(name, role, _patterns(config, split), "dataset")
     return _Finder(given, role, name).find(root, config, split)
-
-
-def image_files(root: Path, *, others: bool = False) -> list[Path]:
-    """List a folder's files relative to it: those named like images, or the others."""
-    return [path for path in _walk(root) if (path.suffix.lower() in IMAGES) != others]
-
-
-def is_hidden(name: str) -> bool:
-    """Tell what no user put there: .ipynb_checkpoints, __MACOSX."""
-    return name.startswith((".", "__"))
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,14 @@ class _Finder:
         saved = self._saved(folder, split)
         if saved:
             return Source(self.given, saved, "datasets", tuple(self._arrow_files(saved)))
-        files = _walk(folder)
+        listing = list_folder(folder)
         for layout in _TABLES:
-            tables = self._tables(folder, split, [path for path in files if path.suffix == f".{layout}"])
+            tables = self._tables(folder, split, listing, f".{layout}")
             if tables:
-                return Source(self.given, folder, layout, tuple(folder / path for path in tables))
-        return self._folder(folder, split)
+                left = tuple(map(str, listing.images))
+                files = tuple(folder / path for path in tables)
+                return Source(self.given, folder, layout, files, left_out=left)
+        return self._folder(listing, split)
 
     def _saved(self, folder: Path, split: str | None) -> Path | None:
         """Give the folder that `save_to_disk` wrote, if there is one."""
@@ -116,15 +116,16 @@ class _Finder:
         for row in self._json(folder / "state.json").get("_data_files", ()):
             yield folder / row["filename"]
 
-    def _tables(self, folder: Path, split: str | None, here: list[Path]) -> list[Path]:
+    def _tables(self, folder: Path, split: str | None, listing: Listing, suffix: str) -> list[Path]:
         """Choose among files of tables: those of the split, or all where no splits can be told apart."""
+        here = [path for path in listing.tables if path.suffix == suffix]
         direct = [path for path in here if len(path.parts) == 1]
         if split is None and direct:
             stems = set(map(_split_of, direct))
-            if len(stems) == 1 or stems.isdisjoint(_SPLITS):
+            if len(stems) == 1 or stems.isdisjoint(SPLITS):
                 return direct
             here = direct
-        if not here or (split is None and image_files(folder)):
+        if not here or (split is None and listing.images):
             return []  # single tables below a folder of images are not its images
         if split is not None and (folder / split).is_dir() and split not in map(_split_of, here):
             return []  # that folder is the split
@@ -136,17 +137,53 @@ class _Finder:
             raise self._error(problem, f"Name one: {self.name}#{parents[0]}@{split}")
         return found
 
-    def _folder(self, folder: Path, split: str | None) -> Source:
-        if split is None:
-            return Source(self.given, folder, "folder", tuple(folder / path for path in image_files(folder)))
-        root = folder / split
-        if not root.is_dir():
-            known = sorted(path.name for path in folder.glob("[!._]*"))
-            raise self._error(f"{self.name} has no split {split!r}", f"It holds: {shortlist(known)}.")
-        return replace(self, given=str(root), name=str(root)).find(root, None, None)
+    def _folder(self, listing: Listing, split: str | None) -> Source:
+        """Read a folder of images, or the part of it that holds them."""
+        root = listing.root
+        if split is not None:
+            names = [path.name for path in root.iterdir() if path.is_dir()]
+            parts = list(named_splits(names, split))
+            if not parts and listing.wrapper:
+                return self._inside(listing, listing.wrapper, split)
+            if len(parts) != 1:
+                known = sorted(path.name for path in root.glob("[!._]*"))
+                raise self._error(f"{self.name} has no split {split!r}", f"It holds: {shortlist(known)}.")
+            return self._inside(replace(listing, others=(), skipped=()), parts[0], None)
+        if listing.metadata and not listing.splits:
+            return self._described(listing)
+        if listing.splits:
+            inside = len(listing.splits) == len(listing.folders)
+            return self._inside(listing, self._choose(None, listing.splits, alone=inside), None)
+        if listing.wrapper:
+            return self._inside(listing, listing.wrapper, None)
+        files = tuple(root / path for path in listing.images)
+        left = (*map(str, listing.others), *listing.skipped)
+        return Source(self.given, root, "folder", files, left_out=left, fault=listing.fault)
 
-    def _choose(self, split: str | None, known: list[str]) -> str:
-        if split is None and len(known) == 1:
+    def _inside(self, listing: Listing, name: str, split: str | None) -> Source:
+        """Read a sub-folder; what lies beside it is left out."""
+        root = listing.root / name
+        inner = root if split is None else f"{root}@{split}"
+        found = replace(self, given=str(inner), name=str(root)).find(root, None, split)
+        beside = [path for path in listing.others if path.parts[0] != name]
+        return replace(found, left_out=(*map(str, beside), *found.left_out))
+
+    def _described(self, listing: Listing) -> Source:
+        """Read the images that a table of metadata names."""
+        if len(listing.metadata) > 1:
+            told = f"{self.name} holds several tables of metadata: {shortlist(listing.metadata)}"
+            raise self._error(told, "Name the folder of one of them, or remove the others.")
+        described = next(iter(listing.metadata))
+        table = listing.root / described
+        names, columns = read_metadata(table, self.role)
+        files = tuple(table.parent / name for name in names)
+        left = [str(path) for path in listing.others if path != described]
+        seen = set(files)
+        left += [f"{p} (not in {table.name})" for p in listing.images if listing.root / p not in seen]
+        return Source(self.given, listing.root, "folder", files, columns, (*left, *listing.skipped))
+
+    def _choose(self, split: str | None, known: list[str], *, alone: bool = True) -> str:
+        if split is None and len(known) == 1 and alone:
             return known[0]
         if split is None:
             hint = f"Name one: {self.given}@{known[0]}"
@@ -188,10 +225,3 @@ def _patterns(config: str | None, split: str | None) -> list[str]:
 def _split_of(path: Path) -> str:
     """Tell a table's split: ``test-00000-of-00002.parquet``, ``test.parquet``, ``test/0000.parquet``."""
     return path.parent.name if path.stem.isdigit() else path.stem.partition("-")[0]
-
-
-def _walk(root: Path) -> list[Path]:
-    """List all files below a folder relative to it, hidden ones left out."""
-    walk = os.walk(root, followlinks=True)
-    found = sorted(Path(folder, name).relative_to(root) for folder, _, names in walk for name in names)
-    return [path for path in found if not any(map(is_hidden, path.parts))]

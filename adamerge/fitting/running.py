@@ -181,6 +181,7 @@ class RunCLI(LightningCLI):
         """Write the resolved configuration and the digests of all inputs; compare when resuming."""
         self._require_steps()
         self.datamodule.use(self.model.backbone)
+        self.datamodule.use_heads(self.model.heads)
         inputs = self._inputs()
         path = self.folder / provenance.INPUTS
         self._clear_old_run()
@@ -234,7 +235,7 @@ class RunCLI(LightningCLI):
         loaders = [found] if len(self.datamodule.tasks) == 1 else found  # Lightning flattens one loader
         batches = [batch for loader in loaders for batch in loader]
         path = self.folder / "predictions.csv"
-        write_predictions(path, batches, {t: spec.classes for t, spec in self.datamodule.tasks.items()})
+        write_predictions(path, batches, {t: self.datamodule.class_names(t) for t in self.datamodule.tasks})
         console.print(f"Predictions are in {path}.")
 
     def result(self) -> ResultRow:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.checkpoints import is_adapter, open_adapter, open_checkpoint
+from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.lora import WEIGHTS
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
@@ -84,7 +85,12 @@ class ClassifierBackbone(ModuleBackbone):
             )
         names = {"weight": weight} | ({"bias": bias} if bias else {})
         tensors = state[weight].float(), state[bias].float() if bias else None
-        return Head(*tensors, normalize=False, names=names)
+        facts: dict[str, Any] = {
+            "role": f"{role} ({path})",
+            "names": names,
+            "classes": class_names(path) or (),
+        }
+        return Head(*tensors, normalize=False, **facts)
 
     def classifier_in(self, state: State) -> dict[str, str]:
         """Give a state's own names of the classifier's tensors, before which a prefix may stand."""

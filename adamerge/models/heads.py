@@ -1,5 +1,6 @@
 """Frozen heads: a matrix that turns features into one task's logits."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from adamerge.checkpoints import open_checkpoint
+from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, shortlist
 from adamerge.models.own_layers import OwnLayers
 
@@ -51,6 +52,10 @@ class Head:
         residual: The task's own correction of a merged model's features, or None.
         layers: The expert's own layers between features and ``weight``, or None.
         names: The expert's own names of the head's `tensors`, as its files have them, where it has files.
+        classes: What the file of the head calls its rows; empty where it does not say.
+
+    Raises:
+        InputError: The number of names is not that of the rows.
     """
 
     weight: Float[Tensor, "class dim"]
@@ -60,6 +65,15 @@ class Head:
     residual: Residual | None = None
     layers: OwnLayers | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.classes and len(self.classes) != len(self.weight):
+            raise InputError(
+                f"{self.role} has {len(self.weight)} rows and {len(self.classes)} class names beside them: "
+                f"{shortlist(self.classes)}.",
+                "Correct id2label in its config.json, or the names in the head file.",
+            )
 
     @property
     def dim(self) -> int:
@@ -111,8 +125,10 @@ class Head:
     def from_file(cls, path: str | Path, *, normalize: bool = True) -> "Head":
         """Read a safetensors file with ``weight`` and, if there is one, ``bias``.
 
+        Names of the rows are read from the entry ``classes`` of its metadata, a JSON list, if there is one.
+
         Raises:
-            InputError: The file has no matrix ``weight``, or its ``bias`` does not fit.
+            InputError: The file has no matrix ``weight``, or its ``bias`` or names do not fit.
         """
         state = open_checkpoint(path, role="head")
         if "weight" not in state or state["weight"].dim() != 2:
@@ -123,7 +139,7 @@ class Head:
         weight, bias = state["weight"].float(), state["bias"].float() if "bias" in state else None
         if bias is not None and bias.shape != weight.shape[:1]:
             raise InputError(f"head {path}: bias {[*bias.shape]} does not fit weight {[*weight.shape]}.")
-        return cls(weight, bias, normalize)
+        return cls(weight, bias, normalize, f"head {path}", classes=_names_in(state, path))
 
     @classmethod
     def zero_shot(
@@ -146,6 +162,18 @@ class Head:
         vectors = functional.normalize(torch.cat(pieces).float(), dim=-1)
         means = vectors.reshape(len(classes), len(templates), -1).mean(1)
         return cls(scale * functional.normalize(means, dim=-1))
+
+
+def _names_in(state: Checkpoint, path: str | Path) -> tuple[str, ...]:
+    """Read the names of the rows from a head file's metadata."""
+    notes = next((notes for notes in state.metadata.values() if "classes" in notes), {})
+    try:
+        names = json.loads(notes.get("classes", "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"head {path}: `classes` of its metadata is no JSON list of names.")
+    return tuple(names)
 
 
 def require_class_names(heads: Mapping[str, Head], classes: Mapping[str, Sequence[str]]) -> None:

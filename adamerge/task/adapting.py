@@ -238,6 +238,7 @@ class MergeTask(Stepping):
         require_trainer(self.trainer, self._world_size(), fits=stage == "fit", normalises=normalises)
         require_class_names(self.heads, {task: spec.classes for task, spec in self.data.tasks.items()})
         self.data.use(self.backbone)
+        self.data.use_heads(self.heads)
 
     def on_fit_start(self) -> None:
         """Move the frozen parts to the device and cache what teachers say and routers read."""

@@ -105,7 +105,8 @@ class TestSources:
         (folder / "1_large" / "._0.png").touch()
         (folder / ".cache").mkdir()
         (folder / "__MACOSX").mkdir()
-        images = load(folder)
+        with pytest.warns(AdamergeWarning, match=r"test images: these were left out: 1_large/notes.txt\.$"):
+            images = load(folder)
         assert images.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
         assert len(images.class_names) == 2
 
@@ -183,11 +184,39 @@ class TestRefusals:
     def test_rows_without_labels(self, tmp_path: Path) -> None:
         assert "and no 'label'" in refused(write_rows(tmp_path / "x.parquet", [encoded(0)], None))
 
-    @pytest.mark.parametrize("labels", [["cat", "dog"], [0, None]])
-    def test_labels_that_are_no_numbers(self, tmp_path: Path, labels: list[object]) -> None:
-        file = write_rows(tmp_path / "x.parquet", [encoded(0), encoded(1)], labels)
-        assert "are no numbers" in refused(file)
-        assert len(load(file, labelled=False)) == 2
+    @pytest.mark.parametrize(
+        ("labels", "problem"),
+        [
+            ([0, None], "are no numbers: row 1 has None"),
+            (["cat", None], "are no numbers: row 0 has 'cat'"),
+            ([0, -1], "are negative, as those of unlabelled rows are: row 1 has -1"),
+            ([0.0, 1.5], "are no whole numbers: row 1 has 1.5"),
+            ([0.0, float("nan")], "are no whole numbers: row 1 has nan"),
+            ([0.0, float("inf")], "are no whole numbers: row 1 has inf"),
+            ([[0], [1]], r"are no numbers: row 0 has [0]"),
+            ([True, False], "are no numbers: row 0 has True"),
+            ([0, 2**40], "are no class's: row 1 has 1099511627776"),
+            ([None, None], "are no numbers: row 0 has None"),
+            ([b"cat", b"dog"], "are no numbers: row 0 has b'cat'"),
+        ],
+    )
+    def test_labels_that_are_neither_rows_nor_names(
+        self, tmp_path: Path, labels: list[object], problem: str
+    ) -> None:
+        image = pa.array([{"bytes": encoded(i), "path": None} for i in range(2)])
+        parquet.write_table(pa.table({"image": image, "label": labels}), tmp_path / "x.parquet")
+        assert f"the labels of {tmp_path}/x.parquet {problem}" in refused(tmp_path / "x.parquet")
+        assert len(load(tmp_path / "x.parquet", labelled=False)) == 2
+
+    def test_words_as_labels_are_names(self, tmp_path: Path) -> None:
+        images = load(write_rows(tmp_path / "x.parquet", [encoded(0), encoded(1)], ["dog", "cat"]))
+        assert (images.labels.tolist(), images.class_names) == ([1, 0], ("cat", "dog"))
+        assert images.origin.words
+
+    def test_whole_numbers_may_be_stored_as_fractions(self, tmp_path: Path) -> None:
+        image = pa.array([{"bytes": encoded(i), "path": None} for i in range(2)])
+        parquet.write_table(pa.table({"image": image, "label": [1.0, 0.0]}), tmp_path / "x.parquet")
+        assert load(tmp_path / "x.parquet").labels.tolist() == [1, 0]
 
 
 def transparent_palette() -> Pillow.Image:

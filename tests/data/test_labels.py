@@ -13,6 +13,7 @@ from adamerge.data.labels import difference_of_order
         (["tricycle", "road-bike"], ["0_road_bike", "1_tricycle"]),
         (["1_tricycle", "0_road bike"], ["0_road bike", "1_tricycle"]),
         (["tricycle", "road bike"], ["001.Road bike", "012. Tricycle"]),
+        (["2", "10"], ["10", "2"]),  # numbers as names are names
     ],
 )
 def test_the_same_names_in_another_order_are_told(classes: list[str], names: list[str]) -> None:
@@ -32,7 +33,6 @@ def test_long_lists_are_told_from_where_they_differ() -> None:
         (["road bike", "tricycle"], ["0_Road-Bike", "1_tricycle"]),
         (["tricycle", "bike"], ["n02835271", "n04482393"]),
         (["tricycle", "bike"], ["bike", "tricycle", "unicycle"]),
-        (["2", "1"], ["1", "2"]),
         (["tricycle", "2 wheels"], ["wheels", "tricycle"]),  # a number before one name is part of it
         (["a", "a", "b"], ["b", "a", "b"]),
         (["a", "b"], []),

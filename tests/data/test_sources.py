@@ -202,9 +202,10 @@ class TestColumns:
         table([0, 1], **{name: [1, 0], "coarse_label": [7, 7]}).to_parquet(tmp_path / "x.parquet")
         assert labels(tmp_path / "x.parquet") == [1, 0]
 
-    def test_truth_values_are_labels(self, tmp_path: Path) -> None:
+    def test_truth_values_are_no_labels(self, tmp_path: Path) -> None:
         table([0, 1], label=[True, False]).to_parquet(tmp_path / "x.parquet")
-        assert labels(tmp_path / "x.parquet") == [1, 0]
+        with pytest.raises(DataError, match="are no numbers: row 0 has True"):
+            labels(tmp_path / "x.parquet")
 
     def test_web_data_sets_name_their_columns_by_suffix(self, tmp_path: Path) -> None:
         found = table([0], cls=[3], __key__=["0001"]).rename_column("image", "jpg")
