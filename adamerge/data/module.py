@@ -289,6 +289,8 @@ class MultiTaskData(pl.LightningDataModule):
     def _warn_of_other_classes(self, task: str, images: Images) -> None:
         """Say so where the images' own classes have no name in common with the task's."""
         names, classes = images.origin.classes, self.class_names(task)
+        if all(name.isdecimal() for name in names):
+            return  # they number the classes
         if len(names) > 1 and classes and not match_names(names, classes):
             warnings.warn(
                 f"task {task!r}: adaptation images have the classes [{shortlist(names)}], the task has "
