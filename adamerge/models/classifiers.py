@@ -12,12 +12,18 @@ from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.lora import WEIGHTS
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
-from adamerge.models.base import ModuleBackbone, Opener
+from adamerge.models.base import ModuleBackbone, Opener, read_object
 from adamerge.models.heads import Head
 from adamerge.models.last_layers import classifies_inputs
 from adamerge.state import State, TensorInfo, info
 
 N_CLASSES = 1009  # of a classifier that no other layer can be taken for: nobody has so many features
+
+
+def _kind_of(path: Path) -> str:
+    """Return a clause that says which class of transformers a folder was saved from, where it does."""
+    kinds = read_object(path / "config.json").get("architectures") if path.is_dir() else None
+    return f": it is a {kinds[0]}" if isinstance(kinds, list) and kinds else ""
 
 
 class ClassifierBackbone(ModuleBackbone):
@@ -79,9 +85,11 @@ class ClassifierBackbone(ModuleBackbone):
         found = self.classifier_in(state)
         weight, bias = (found.get(name, "") for name in self.classifier_names or ("", ""))
         if not weight or len(info(state, weight).shape) != 2:
+            layer = self.classifier or "beside its encoder"
             raise InputError(
-                f"{role} ({path}) has no classifier {self.classifier or 'beside its encoder'}.",
-                "Give a file with `weight [class, dim]` as `head` of the task.",
+                f"{role} ({path}) has no classifier {layer}{_kind_of(path)}.",
+                "Give a file with `weight [class, dim]` as `head` of the task; learning needs classes. "
+                "`adamerge merge` merges any weights, language models too.",
             )
         names = {"weight": weight} | ({"bias": bias} if bias else {})
         tensors = state[weight].float(), state[bias].float() if bias else None

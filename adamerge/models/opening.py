@@ -116,7 +116,19 @@ def open_heads(
     if rest:
         paths = {t: locate(str(expert), f"expert {t!r}") for t, expert in (experts or {}).items()}
         heads |= format_of(path).heads(path, rest, paths)
+    for task, head in heads.items():
+        _require_classes(task, head)
     return {task: replace(heads[task], role=f"the head of task {task!r}") for task in tasks}
+
+
+def _require_classes(task: str, head: Head) -> None:
+    """Refuse the head of a regression or reward model: the probability of its one class is always 1."""
+    if len(head.weight) < 2:
+        raise InputError(
+            f"the head of task {task!r} has {len(head.weight)} output: regression and reward models have no "
+            "classes.",
+            "Learning and accuracy need two or more; `adamerge merge` merges the weights of any model.",
+        )
 
 
 def own_classifiers(base: Path, experts: Mapping[str, Path]) -> tuple[dict[str, Head], dict[str, str]]:

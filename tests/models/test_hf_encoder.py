@@ -276,6 +276,21 @@ class TestHeads:
         with pytest.raises(InputError, match="has no classifier classifier.\nGive a file with `weight"):
             open_heads(tmp_path / "base", specs(x=3), {"x": tmp_path / "x.safetensors"})
 
+    def test_a_language_model_is_named_with_what_can_be_done(self, tmp_path: Path) -> None:
+        config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+        for name in ("base", "x"):
+            transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+            tokenizer().save_pretrained(tmp_path / name)
+        message = "has no classifier score: it is a GPT2LMHeadModel.\nGive .* `adamerge merge` merges any"
+        with pytest.raises(InputError, match=message):
+            open_heads(tmp_path / "base", specs(x=3), {"x": tmp_path / "x"})
+
+    def test_a_model_of_one_output_has_no_classes_to_learn_from(self, tmp_path: Path) -> None:
+        for name in ("base", "x"):
+            write_hf(tmp_path / name, make_hf(texts("Bert"), n_classes=1))
+        with pytest.raises(InputError, match="head of task 'x' has 1 output: regression and reward models"):
+            open_heads(tmp_path / "base", {"x": TaskSpec(adapt="x")}, {"x": tmp_path / "x"})
+
     def test_a_task_without_expert_needs_a_head_file(self, tmp_path: Path) -> None:
         write_hf(tmp_path, make_hf(texts("Bert")))
         with pytest.raises(InputError, match="tasks \\['y'\\] have neither an expert nor a head file"):
