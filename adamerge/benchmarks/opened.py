@@ -97,12 +97,12 @@ class Models:
     def vectors(self) -> TaskVectors:
         """The experts, in memory."""
         _ = self.backbone  # which prepares the images
-        return open_vectors(self.base, self.experts, codec=self.codec)[0]
+        return open_vectors(self.base, self.experts, codec=self.codec, tasks=self.data.tasks)[0]
 
     @cached_property
     def backbone(self) -> ModuleBackbone:
         """The model of any weights; opening it audits the experts' files, and stores nothing of them."""
-        _, backbone = open_vectors(self.base, self.experts, codec=STREAM)
+        _, backbone = open_vectors(self.base, self.experts, codec=STREAM, tasks=self.data.tasks)
         self.data.use(backbone)
         return backbone
 

@@ -7,6 +7,7 @@ from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.layout import is_adapter
 from adamerge.checkpoints.loading import loading_code
+from adamerge.checkpoints.modules import read_modules, transformer_folder
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader
 from adamerge.checkpoints.writing import save, save_stream, save_tensors
@@ -25,8 +26,10 @@ __all__ = [
     "locate",
     "open_adapter",
     "open_checkpoint",
+    "read_modules",
     "require_same_configuration",
     "save",
     "save_stream",
     "save_tensors",
+    "transformer_folder",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from adamerge.checkpoints.modules import transformer_folder
 from adamerge.errors import InputError
 
 # Says nothing of the function that the weights compute, or only what the tensors themselves tell.
@@ -65,7 +66,7 @@ def _compare(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterato
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_settings(folder / "config.json")
+    return read_settings(transformer_folder(folder) / "config.json")
 
 
 def _preprocessing(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from adamerge.checkpoints.diagnosis import in_units, refusal
 from adamerge.checkpoints.header import DTYPES, Entry, read_header
 from adamerge.checkpoints.hub import local_path
 from adamerge.checkpoints.layout import INDEX, refuse_quantised_settings, variants, weight_file
+from adamerge.checkpoints.modules import transformer_folder
 from adamerge.digests import sha256
 from adamerge.errors import InputError, shortlist
 from adamerge.state import TensorInfo
@@ -142,7 +143,9 @@ def open_checkpoint(path: str | Path, *, role: str = "checkpoint") -> Checkpoint
         if not root.is_dir():
             return Checkpoint(root, (root,))
         refuse_quantised_settings(root)
-        file = weight_file(root)
+        file, inner = weight_file(root), transformer_folder(root)
+        if file is None and inner != root:
+            return _rooted(open_checkpoint(inner, role=role), root)
         if file is None:
             raise _without_weights(root)
         if file.suffix == _JSON and file.stem.endswith(f"{_SAFETENSORS}.index"):
@@ -152,6 +155,12 @@ def open_checkpoint(path: str | Path, *, role: str = "checkpoint") -> Checkpoint
         return Checkpoint(root, (file,))
     except InputError as error:
         raise InputError(f"{role}: {error}") from error
+
+
+def _rooted(found: Checkpoint, root: Path) -> Checkpoint:
+    """Return a checkpoint of a sub-folder as the folder's own."""
+    found.root = root
+    return found
 
 
 def _without_weights(root: Path) -> InputError:

@@ -96,7 +96,10 @@ def save_stream(
         return out
     with atomic_folder(out, overwrite=overwrite) as folder:
         copy_companions(layout.root, folder, dtype)
-        _Shards(layout, infos, {f: folder / f.name for f in layout.files}, metadata).fill(tensors)
+        files = {file: folder / file.relative_to(layout.root) for file in layout.files}
+        for file in files.values():
+            file.parent.mkdir(parents=True, exist_ok=True)
+        _Shards(layout, infos, files, metadata).fill(tensors)
         _write_index(layout, folder, n_bytes)
         if card is not None:
             text = card if isinstance(card, str) else card()
@@ -228,4 +231,6 @@ def _write_index(layout: Checkpoint, folder: Path, n_bytes: int) -> None:
     if layout.index is not None:
         index = json.loads(layout.index.read_text(encoding="utf-8"))
         index.setdefault("metadata", {})["total_size"] = n_bytes
-        (folder / layout.index.name).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (folder / layout.index.relative_to(layout.root)).write_text(
+            json.dumps(index, indent=2), encoding="utf-8"
+        )

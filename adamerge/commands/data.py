@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from adamerge.benchmarks import define, defined, read_benchmark
 from adamerge.commands.bench import benchmark_file
 from adamerge.data.checking import Report, check_source
 from adamerge.data.tasks import TaskSpec, resolve
-from adamerge.errors import InputError, nearest
+from adamerge.data.texts import preprocessing_of
+from adamerge.errors import AdamergeError, InputError, nearest
+from adamerge.models import open_backbone
 from adamerge.progress import console, print_columns, terminal
 
 _PARTS = {"test": ("n_test", "digest"), "adapt": ("n_adapt", "adapt_digest")}
@@ -54,7 +57,8 @@ def data(
     expected = _read_manifest(Path(manifest), tasks) if manifest else expected
     if write is not None:
         refuse_existing(Path(write), overwrite=overwrite)
-    reports = {key: _report(*key, tasks, expected) for key in _parts(tasks)}
+    tokenize = cache(partial(_tokenizer, benchmark))
+    reports = {key: _report(*key, tasks, expected, tokenize) for key in _parts(tasks)}
     if json:
         _print_json(reports)
     else:
@@ -93,13 +97,29 @@ def _parts(tasks: Mapping[str, TaskSpec]) -> Iterator[tuple[str, str]]:
 
 
 def _report(
-    name: str, part: str, tasks: Mapping[str, TaskSpec], expected: Mapping[str, Mapping[str, Any]]
+    name: str,
+    part: str,
+    tasks: Mapping[str, TaskSpec],
+    expected: Mapping[str, Mapping[str, Any]],
+    tokenize: Callable[[], Any],
 ) -> Report:
     count, digest = _PARTS[part]
     row = expected.get(name, {})
     known = {"images": row.get(count), "digest": row.get(digest)}
     known |= {"classes": row.get("classes")} if part == "test" else {}
-    return check_source(tasks[name], f"task {name!r}, {part} images", known, part=part)
+    return check_source(tasks[name], f"task {name!r}, {part} data", known, part=part, tokenize=tokenize)
+
+
+def _tokenizer(benchmark: str | None) -> Any:
+    """Return what tokenises texts for the benchmark's base; None where that is not known, or reads images."""
+    if benchmark is None or benchmark in defined():
+        return None
+    model, data = read_benchmark(benchmark_file(benchmark), "model", "data")
+    try:
+        backbone = open_backbone(model["base"])
+        return preprocessing_of(backbone, data.get("max_length"))[0] if backbone.modality == "text" else None
+    except (AdamergeError, KeyError):  # the model is not what is checked here
+        return None
 
 
 def _read_manifest(file: Path, tasks: Mapping[str, TaskSpec]) -> dict[str, dict[str, Any]]:
@@ -143,5 +163,7 @@ def _print(reports: Mapping[tuple[str, str], Report]) -> None:
     print_columns(["task", "part", "files", "images", "classes", "per class", "digest"], lines)
     out = terminal()
     for (name, part), report in reports.items():
+        for note in report.notes:
+            out.print(f"{name}, {part}: {note}", markup=False, soft_wrap=True)
         for problem in report.problems:
             out.print(f"{name}, {part}: {problem}", markup=False, soft_wrap=True)

@@ -126,7 +126,10 @@ def _changed_inputs(inputs: dict[str, Any]) -> list[str]:
     """Hash base, experts and images again, read their settings, and name what differs."""
     model, data = inputs["config"]["model"], dict(inputs["config"]["data"])
     tasks = {name: TaskSpec(**row) for name, row in data.pop("tasks").items()}
-    images = MultiTaskData(tasks, cache=False)  # what was remembered of files proves nothing
+    length = data.get("max_length")
+    images = MultiTaskData(
+        tasks, cache=False, max_length=length
+    )  # what was remembered of files proves nothing
     images.use(open_backbone(model["base"]))
     images.use_heads(open_heads(model["base"], tasks, model["experts"]))
     sources = {**model["experts"], **shared_file(model.get("shared"))}

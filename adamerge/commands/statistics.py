@@ -8,6 +8,7 @@ from adamerge.data.module import MultiTaskData
 from adamerge.errors import InputError, shortlist
 from adamerge.models import Statistics, open_backbone, open_heads
 from adamerge.models.fisher import FisherMode
+from adamerge.models.opening import reads_classifiers
 from adamerge.vectors import TaskVectors
 
 
@@ -33,8 +34,10 @@ def open_statistics(
     missing = [task for task in vectors.tasks if task not in rows]
     if missing:
         raise InputError(f"{file} has no images of {shortlist(missing)}.", f"It has: {shortlist(rows)}.")
-    backbone = open_backbone(sources.base)
-    data = MultiTaskData({task: rows[task] for task in vectors.tasks}, holdout=given.get("holdout", 0.0))
+    classifiers = reads_classifiers(sources.base, sources.experts, rows)
+    backbone = open_backbone(sources.base, classifiers=classifiers)
+    options = {"holdout": given.get("holdout", 0.0), "max_length": given.get("max_length")}
+    data = MultiTaskData({task: rows[task] for task in vectors.tasks}, **options)
     data.use(backbone)
     return expert_statistics(
         vectors,

@@ -1,7 +1,7 @@
 """Counts a source's files, images (or texts) and classes, and names what differs from what is expected."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -16,7 +16,7 @@ from adamerge.data.labels import HeadClasses, difference_of_order, match_labels
 from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import find_source
 from adamerge.data.tasks import EMBEDDED, TaskSpec, embedded_source
-from adamerge.data.texts import text_column
+from adamerge.data.texts import EMPTY, CutTexts, text_columns, text_problem, text_values
 from adamerge.errors import DataError, shortlist
 from adamerge.progress import track
 
@@ -39,6 +39,7 @@ class Report:
         problems: What is wrong, or differs from what was expected.
         kind: "images" or "texts".
         left_out: Files below the source that are not read.
+        notes: What is worth knowing, and no problem.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Report:
     problems: tuple[str, ...] = ()
     kind: str = "images"
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check_source(
@@ -60,6 +62,7 @@ def check_source(
     *,
     part: str = "test",
     head: HeadClasses | None = None,
+    tokenize: Callable[[], Any] | None = None,
 ) -> Report:
     """Read a task's images once and compare them with what is expected.
 
@@ -70,6 +73,7 @@ def check_source(
             ``digest``, each only where it is known.
         part: "test" (labels are needed) or "adapt" (labels are not read).
         head: What is known of the rows of the task's head.
+        tokenize: Gives what tokenises texts for the model, so that those that it cuts are counted.
 
     Returns:
         The report; what cannot be read at all is a problem in it.
@@ -81,13 +85,21 @@ def check_source(
     if source is None:
         return Report("", problems=("no images were given",))
     try:
-        report = _count(source, spec, role, head, labelled=part == "test")
+        report = _count(source, spec, role, head, tokenize, labelled=part == "test")
     except DataError as error:
         return Report(source, problems=(" ".join(str(error).splitlines()),))
     return replace(report, problems=(*_faults(report, spec.classes), *_differences(report, expected or {})))
 
 
-def _count(source: str, spec: TaskSpec, role: str, head: HeadClasses | None, *, labelled: bool) -> Report:
+def _count(
+    source: str,
+    spec: TaskSpec,
+    role: str,
+    head: HeadClasses | None,
+    tokenize: Callable[[], Any] | None,
+    *,
+    labelled: bool,
+) -> Report:
     if source.startswith(EMBEDDED):
         from adamerge.data.embedded import load_split
 
@@ -95,10 +107,10 @@ def _count(source: str, spec: TaskSpec, role: str, head: HeadClasses | None, *, 
         found = Report(source, files=1, classes=tuple(spec.classes))
         return _with_counts(found, map(bytes, digests_of(images).numpy()), labels if labelled else None)
     rows = open_rows(find_source(source, role), role)
-    texts = text_column(rows, spec.image_column)
-    column = texts or rows.image_column(spec.image_column)
+    texts = text_columns(rows, spec.columns, spec.image_column)
+    column = "" if texts else rows.image_column(spec.image_column)
     named = rows.label_column(spec.label_column) if labelled else None
-    found = list(_hashed_texts(rows, column) if texts else _hashed_images(rows, column))
+    found = list(_hashed_texts(rows, texts) if texts else _hashed_images(rows, column))
     report = Report(
         source,
         len(rows.source.files),
@@ -106,6 +118,7 @@ def _count(source: str, spec: TaskSpec, role: str, head: HeadClasses | None, *, 
         undecodable=tuple(each for each in found if isinstance(each, str)),
         kind="texts" if texts else "images",
         left_out=rows.source.left_out,
+        notes=tuple(_notes(rows, texts, tokenize)) if texts else (),
     )
     hashes = (_NO_CONTENT if isinstance(each, str) else each for each in found)
     labels = rows.labels(named, hidden=True) if named else None
@@ -142,10 +155,29 @@ def _hashed_images(rows: Rows, column: str) -> Iterator[bytes | str]:
             yield hashlib.sha256(content(value)).digest()
 
 
-def _hashed_texts(rows: Rows, column: str) -> Iterator[bytes | str]:
-    """Hash every text, or name the row that has none."""
-    for index, text in enumerate(rows.values(column)):
-        yield f"row {index} (no text)" if text is None else hashlib.sha256(text.encode()).digest()
+def _hashed_texts(rows: Rows, columns: Sequence[str]) -> Iterator[bytes | str]:
+    """Hash every text, or pair of texts, or name the row that has none."""
+    for index, value in enumerate(text_values(rows, columns)):
+        problem = text_problem(value)
+        if problem and problem != EMPTY:
+            yield f"row {index} ({problem})"
+        else:
+            parts = value if isinstance(value, tuple) else (value,)
+            yield hashlib.sha256("\0".join(parts).encode()).digest()
+
+
+def _notes(rows: Rows, columns: Sequence[str], tokenize: Callable[[], Any] | None) -> Iterator[str]:
+    """Count empty texts, and those that a model cuts."""
+    texts = [text for text in text_values(rows, columns) if text_problem(text) in (None, EMPTY)]
+    empty = sum(text_problem(text) == EMPTY for text in texts)
+    if empty:
+        yield f"{empty} of {len(rows)} texts are empty"
+    preprocess, cut = tokenize() if tokenize else None, CutTexts()
+    if preprocess is not None:
+        for text in texts:
+            cut.count(preprocess, text, preprocess(text))
+    if cut.number:
+        yield cut.note(len(rows))
 
 
 def _with_counts(report: Report, hashes: Iterable[bytes], labels: Tensor | None) -> Report:

@@ -3,7 +3,7 @@
 import json
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -21,7 +21,7 @@ from adamerge.data.decoding import Preprocess, decode, require_same_size
 from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import Source, find_source
 from adamerge.data.tasks import EMBEDDED, embedded_source
-from adamerge.data.texts import text_column, tokens_of
+from adamerge.data.texts import require_text_columns, text_columns, tokens_of
 from adamerge.digests import sha256_of_all
 from adamerge.errors import AdamergeWarning, DataError, shortlist
 from adamerge.progress import track
@@ -132,6 +132,8 @@ def load_images(
     label_column: str | None = None,
     corruption: str | None = None,
     transform_key: str | None = None,
+    columns: Sequence[str] = (),
+    modality: str | None = None,
 ) -> Images:
     """Load, decode and preprocess all images of a source.
 
@@ -147,6 +149,8 @@ def load_images(
         corruption: ``NAME/SEVERITY``, applied before preprocessing.
         transform_key: Names the preprocessing completely, so that its results are kept in the cache
             folder and mapped from there the next time; default: nothing is kept.
+        columns: Columns of the texts: one, or two of a pair; default: see `text_columns`.
+        modality: "image" or "text": what the model reads; default: whatever the source holds.
 
     Raises:
         DataError: Nothing is there, labels are wanted and absent, too many images are corrupt, or the
@@ -160,15 +164,18 @@ def load_images(
         return Images(images, labels if labelled else None)
     rows = open_rows(find_source(source, role), role)
     warn_of_left_out(rows.source, role)
-    texts = text_column(rows, image_column)
-    column = texts or rows.image_column(image_column)
+    texts = text_columns(rows, columns, image_column)
+    if modality == "text":
+        require_text_columns(rows, texts)
+    column = "" if texts else rows.image_column(image_column)
     named = rows.label_column(label_column) if labelled else None
     labels = None if named is None else rows.labels(named)
     names = rows.class_names(named) if named else ()
     words = bool(named) and rows.names_are_words(named)
     if texts:
         origin = Origin(source, (), words, rows.declared_names(label_column))
-        return Images(tokens_of(rows, column, preprocess), labels, names, origin=origin)
+        found = tokens_of(rows, texts, preprocess)
+        return Images(found.tokens, labels, names, digests=found.digests, origin=origin)
     found = _decoded(rows, column, preprocess, corruption, transform_key)
     if found.skipped:
         told = f"{role}: skipped {shortlist(found.skipped.values())}."
@@ -192,11 +199,13 @@ class Chunk(NamedTuple):
         paths: Where each lies; None where the source does not tell.
         problems: Why each could not be decoded; None where it was.
         images: Those that were decoded, in order, as the preprocessing gives them.
+        texts: The texts themselves, by column; empty where these are images.
     """
 
     paths: list[str | None]
     problems: list[str | None]
     images: list[Tensor]
+    texts: Mapping[str, list[str | None]] = {}
 
 
 class ImageStream:

@@ -17,6 +17,7 @@ from adamerge.data.datasets import Images, Preprocess, load_images
 from adamerge.data.labels import HeadClasses, head_names, match_labels, match_names
 from adamerge.data.sampling import StepSampler
 from adamerge.data.tasks import TaskSpec, resolve
+from adamerge.data.texts import preprocessing_of
 from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
 
 Batch = dict[str, dict[str, Tensor]]
@@ -44,6 +45,7 @@ class MultiTaskData(pl.LightningDataModule):
         order: Of adaptation images: "shuffled" anew every epoch; or "given": each task's as its source has
             them, without those held out, which stay random. A source sorted by class is then a stream of
             batches of one class.
+        max_length: Tokens at which texts are cut; default: the model's own length.
 
     Raises:
         InputError: A row or an option is wrong.
@@ -61,6 +63,7 @@ class MultiTaskData(pl.LightningDataModule):
         num_workers: int = 0,
         cache: bool = True,
         order: Order = "shuffled",
+        max_length: int | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size) < 1 or not 0 <= holdout < 1 or min(shots, num_workers) < 0:
@@ -69,12 +72,15 @@ class MultiTaskData(pl.LightningDataModule):
                 f"shots={shots}, num_workers={num_workers}.",
                 "Batch sizes must be positive, holdout in [0, 1), shots and workers 0 or more.",
             )
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max_length={max_length}.", "It must be 1 or more.")
         if order not in get_args(Order):
             raise InputError(f"order={order!r} is unknown.", nearest(order, get_args(Order)))
         self.tasks = resolve(tasks)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.holdout, self.seed, self.num_workers, self.cache = holdout, seed, num_workers, cache
-        self.shots, self.order = shots, order
+        self.shots, self.order, self.max_length = shots, order, max_length
+        self.modality: str | None = None
         self.first_step = 0
         self.preprocess: Preprocess | None = None
         self.transform_key: str | None = None
@@ -89,12 +95,22 @@ class MultiTaskData(pl.LightningDataModule):
             )
 
     def use(self, backbone: Any) -> None:
-        """Prepare images for a backbone: by its ``preprocess``, which its ``transform_key`` names."""
-        key = getattr(backbone, "transform_key", None) or None
-        is_known = key == self.transform_key if key else backbone.preprocess == self.preprocess
+        """Prepare images, or texts, for a backbone: by its preprocessing, which its key names.
+
+        Raises:
+            InputError: The backbone does not read ``max_length`` tokens.
+        """
+        preprocess, key = preprocessing_of(backbone, self.max_length)
+        is_known = key == self.transform_key if key else preprocess == self.preprocess
         if self.preprocess is not None and not is_known:  # what was loaded is another model's
             self._loaded, self._splits = {}, {}
-        self.preprocess, self.transform_key = backbone.preprocess, key
+        self.preprocess, self.transform_key = preprocess, key or None
+        self.modality = getattr(backbone, "modality", None)
+
+    @property
+    def noun(self) -> str:
+        """What messages call the inputs: "images", or "texts" where a backbone reads these."""
+        return "texts" if self.modality == "text" else "images"
 
     def use_heads(self, heads: Mapping[str, Any]) -> None:
         """Match labels with the rows of these heads from now on, by name where names are known.
@@ -206,7 +222,7 @@ class MultiTaskData(pl.LightningDataModule):
             InputError: There are none.
         """
         if not self.tested_tasks:
-            problem = "no task has test images: there is nothing to measure."
+            problem = f"no task has test {self.noun}: there is nothing to measure."
             raise InputError(problem, "Set data.tasks.TASK.test.")
         return [self.loader(self.test(task)) for task in self.tested_tasks]
 
@@ -239,14 +255,14 @@ class MultiTaskData(pl.LightningDataModule):
 
     def _require_adaptation(self) -> tuple[str, ...]:
         if not self.adapting_tasks:
-            raise InputError("no task has adaptation images.", "Set data.tasks.TASK.adapt.")
+            raise InputError(f"no task has adaptation {self.noun}.", "Set data.tasks.TASK.adapt.")
         return self.adapting_tasks
 
     def _stream(self, task: str) -> DataLoader[Any]:
         images, batch_size = self.adaptation(task), self.batch_size_of(task)
         if len(images) < batch_size:
             warnings.warn(
-                f"task {task!r} has {len(images)} adaptation images, fewer than a batch of "
+                f"task {task!r} has {len(images)} adaptation {self.noun}, fewer than a batch of "
                 f"{batch_size}: some come twice in a step.",
                 AdamergeWarning,
                 stacklevel=2,
@@ -304,7 +320,7 @@ class MultiTaskData(pl.LightningDataModule):
 
     def _images(self, task: str, part: str, source: str | None, *, labelled: bool) -> Images:
         if (task, part) not in self._loaded:
-            role = f"task {task!r}, {part} images"
+            role = f"task {task!r}, {part} {self.noun}"
             if source is None:
                 name = {"adaptation": "adapt"}.get(part, part)
                 raise InputError(f"{role}: none were given.", f"Set data.tasks.{task}.{name}.")
@@ -318,6 +334,8 @@ class MultiTaskData(pl.LightningDataModule):
                 label_column=spec.label_column,
                 corruption=spec.corruption if part == "test" else spec.adapt_corruption or spec.corruption,
                 transform_key=self.transform_key if self.cache else None,
+                columns=spec.columns,
+                modality=self.modality,
             )
         return self._loaded[task, part]
 

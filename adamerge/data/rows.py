@@ -14,6 +14,7 @@ from torch import Tensor
 from adamerge.data.decoding import image_suffixes
 from adamerge.data.folders import is_hidden
 from adamerge.data.sources import Source
+from adamerge.data.tables import kind_of, read_table
 from adamerge.errors import AdamergeError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -163,11 +164,15 @@ def open_rows(source: Source, role: str) -> Rows:
             rows = _parquet_rows(source, role)
         elif source.layout == "tar":
             rows = _tar_rows(source, role)
+        elif source.layout == "text":
+            rows = _text_rows(source, role)
         elif source.layout == "datasets":
             rows = _dataset_rows(source, role, Dataset.load_from_disk(str(source.root)))
         else:
             rows = _dataset_rows(source, role, _listed(source))
     if len(rows) == 0:
+        if source.layout == "text":
+            raise DataError(f"{role}: {source.given} holds no texts.", "Give a file with rows.")
         raise DataError(
             f"{role}: {source.given} holds no images.",
             "Give a folder with files such as .png, .jpg, .webp, or a parquet file with rows.",
@@ -228,6 +233,25 @@ def _tar_rows(source: Source, role: str) -> Rows:
 
     kinds = {name: Image() if f".{name.lower()}" in image_suffixes() else Value("string") for name in columns}
     return Rows(source, role, Features(kinds), len(places), values, batches)
+
+
+def _text_rows(source: Source, role: str) -> Rows:
+    """Read tables of texts; a column that a file lacks is None there."""
+    from datasets import Features, Value
+
+    tables = [read_table(file, role) for file in source.files]
+    sizes = [len(next(iter(table.values()), ())) for table in tables]
+    names = dict.fromkeys(name for table in tables for name in table)
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for table, size in zip(tables, sizes, strict=True):
+        for name, values in columns.items():
+            values.extend(table.get(name, [None] * size))
+
+    def batches(column: str) -> Iterator[list[Encoded | None]]:
+        raise DataError(f"{role}: {source.given} is a table of texts, which holds no images ({column!r}).")
+
+    kinds = {name: Value(kind_of(values)) for name, values in columns.items()}
+    return Rows(source, role, Features(kinds), sum(sizes), columns.__getitem__, batches)
 
 
 def _dataset_rows(source: Source, role: str, dataset: "Dataset") -> Rows:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from adamerge.data.folders import SPLITS, Listing, list_folder, named_splits
 from adamerge.data.metadata import read_metadata
+from adamerge.data.tables import IN_FOLDERS, SUFFIXES
 from adamerge.errors import DataError, nearest, shortlist
 from adamerge.hub import nowhere, snapshot
 
-Layout = Literal["datasets", "parquet", "tar", "folder"]
+Layout = Literal["datasets", "parquet", "tar", "text", "folder"]
 _WORD = re.compile(r"[\w.-]+")
 _TABLES: tuple[Layout, ...] = ("parquet", "tar")  # and the suffixes of their files
 
@@ -24,8 +25,8 @@ class Source:
     Attributes:
         given: What the user wrote.
         root: The file or folder that holds the images.
-        layout: "datasets" (written by `save_to_disk`), "parquet", "tar" (of web data sets), or "folder" of
-            image files.
+        layout: "datasets" (written by `save_to_disk`), "parquet", "tar" (of web data sets), "text" (.txt,
+            .csv, .tsv, .jsonl, .json), or "folder" of image files.
         files: What must be read, in the order of the images.
         columns: What a table beside a folder's images (metadata.csv) says of each.
         left_out: Files below the source that are not read, with the reason where the name does not tell.
@@ -49,7 +50,9 @@ def find_source(given: str, role: str) -> Source:
     SPLIT of a folder that `DatasetDict.save_to_disk` wrote, or else the sub-folder SPLIT. In a folder of
     images, sub-folders named like splits are no classes: one must be named. A folder that does nothing but
     hold the folder of the classes, as unpacked archives have it, is passed through. ``metadata.csv``,
-    ``.jsonl`` or ``.parquet`` beside the images says what they are, as `datasets` reads it.
+    ``.jsonl`` or ``.parquet`` beside the images says what they are, as `datasets` reads it. Texts are also
+    read from .txt (one a line), .csv, .tsv, .jsonl and .json files, and from folders of the three in the
+    middle.
 
     Args:
         given: The source.
@@ -87,6 +90,7 @@ class _Finder:
             layout: Layout = "folder"
             for table in _TABLES:
                 layout = table if root.suffix == f".{table}" else layout
+            layout = "text" if root.suffix.lower() in SUFFIXES else layout
             return Source(self.given, root, layout, (root,))
         folder = root / config if config else root
         if not folder.is_dir():
@@ -97,11 +101,20 @@ class _Finder:
             return Source(self.given, saved, "datasets", tuple(self._arrow_files(saved)))
         listing = list_folder(folder)
         for layout in _TABLES:
-            tables = self._tables(folder, split, listing, f".{layout}")
+            here = [path for path in listing.tables if path.suffix == f".{layout}"]
+            tables = self._tables(folder, split, listing, here)
             if tables:
                 left = tuple(map(str, listing.images))
                 files = tuple(folder / path for path in tables)
                 return Source(self.given, folder, layout, files, left_out=left)
+        texts = () if listing.images else IN_FOLDERS
+        for suffix in texts:
+            here = [path for path in listing.others if path.suffix.lower() == suffix]
+            tables = self._tables(folder, split, listing, here)
+            if tables:
+                left = tuple(str(path) for path in listing.others if path not in here)
+                files = tuple(folder / path for path in tables)
+                return Source(self.given, folder, "text", files, left_out=left)
         return self._folder(listing, split)
 
     def _saved(self, folder: Path, split: str | None) -> Path | None:
@@ -116,9 +129,8 @@ class _Finder:
         for row in self._json(folder / "state.json").get("_data_files", ()):
             yield folder / row["filename"]
 
-    def _tables(self, folder: Path, split: str | None, listing: Listing, suffix: str) -> list[Path]:
+    def _tables(self, folder: Path, split: str | None, listing: Listing, here: list[Path]) -> list[Path]:
         """Choose among files of tables: those of the split, or all where no splits can be told apart."""
-        here = [path for path in listing.tables if path.suffix == suffix]
         direct = [path for path in here if len(path.parts) == 1]
         if split is None and direct:
             stems = set(map(_split_of, direct))

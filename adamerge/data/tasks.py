@@ -28,6 +28,9 @@ class TaskSpec:
             "a photo of a {}.".
         head: A safetensors file with ``weight [class, dim]`` instead of a zero-shot head.
         image_column: Column of the images; default: image, img, jpg, jpeg, png or webp.
+        columns: Columns of the texts: one, or two that are read as pairs (premise, hypothesis); default: a
+            pair of known names (text and text_pair, sentence1 and sentence2, premise and hypothesis,
+            question1 and question2, question and sentence or passage), else text or sentence.
         label_column: Column of the labels; default: label, fine_label, cls or labels.
         corruption: ``NAME/SEVERITY`` of a corruption of all images, applied before resizing.
         adapt_corruption: The same of the adaptation images alone, in the place of ``corruption``.
@@ -47,6 +50,7 @@ class TaskSpec:
     corruption: str | None = None
     adapt_corruption: str | None = None
     batch_size: int | None = None
+    columns: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):
@@ -79,6 +83,7 @@ def _complete(name: str, spec: TaskSpec) -> TaskSpec:
     if source is None:
         raise InputError(f"task {name!r} has no images.", "Give `adapt`, `test`, or both.")
     _check_corruption(name, spec)
+    _check_columns(name, spec)
     if spec.batch_size is not None and spec.batch_size < 1:
         raise InputError(f"task {name!r}: batch_size={spec.batch_size}.", "It must be positive.")
     if source.startswith(EMBEDDED):
@@ -93,6 +98,14 @@ def _complete(name: str, spec: TaskSpec) -> TaskSpec:
     if without:
         raise InputError(f"task {name!r}: template {without[0]!r} has no '{{}}' for the class name.")
     return replace(spec, classes=classes, templates=templates)
+
+
+def _check_columns(name: str, spec: TaskSpec) -> None:
+    columns = spec.columns or []
+    if len(columns) > 2 or len(set(columns)) < len(columns) or not all(isinstance(c, str) for c in columns):
+        raise InputError(f"task {name!r}: columns {columns}.", "Name one column of texts, or two of a pair.")
+    if columns and spec.image_column:
+        raise InputError(f"task {name!r} has both `columns` and `image_column`.", "Name texts by `columns`.")
 
 
 def _check_corruption(name: str, spec: TaskSpec) -> None:

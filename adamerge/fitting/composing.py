@@ -17,7 +17,7 @@ from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, nearest
 from adamerge.models import ModuleBackbone, Surgery, open_backbone, open_heads
-from adamerge.models.opening import require_same_function
+from adamerge.models.opening import reads_classifiers, require_same_function
 from adamerge.objectives import Objective
 from adamerge.state import State
 from adamerge.static import METHODS, merge
@@ -85,7 +85,7 @@ def merge_task(
             "Name a shared model, such as task_arithmetic, or leave them out.",
         )
     form = make_codec(codec, codec_options)
-    originals, backbone = open_vectors(base, experts, codec=STREAM, force=force)
+    originals, backbone = open_vectors(base, experts, codec=STREAM, force=force, tasks=tasks)
     vectors = originals if edit is None else apply_edit(originals, edit, **(edit_options or {}))
     if shared is not None:
         merged = shared_model(vectors, shared, shared_options)
@@ -143,7 +143,12 @@ def shared_file(source: str | None) -> dict[str, str]:
 
 
 def open_vectors(
-    base: str, experts: Mapping[str, str], *, codec: str | Codec = "fp32", force: bool = False
+    base: str,
+    experts: Mapping[str, str],
+    *,
+    codec: str | Codec = "fp32",
+    force: bool = False,
+    tasks: Mapping[str, TaskSpec] | None = None,
 ) -> tuple[TaskVectors, ModuleBackbone]:
     """Open task vectors beside the backbone that reads them.
 
@@ -153,7 +158,7 @@ def open_vectors(
     paths = {task: locate(path, f"expert {task!r}") for task, path in experts.items()}
     for task, path in paths.items():
         require_no_code(path, f"expert {task!r}")
-    backbone = open_backbone(base_path)
+    backbone = open_backbone(base_path, classifiers=reads_classifiers(base_path, paths, tasks))
     require_same_function(base_path, paths)
     state, read = open_checkpoint(base_path, role="base"), set(backbone.names)
     opened = {t: backbone.expert(path, f"expert {t!r}", state, open_expert) for t, path in paths.items()}

@@ -339,7 +339,7 @@ class RunCLI(LightningCLI):
             "data": self.datamodule.fingerprint(labelled=self.model.objective.needs_labels),
             "files": model_settings(self.settings.model.base, self.settings.model.experts),
             "tasks": class_names(self.datamodule.tasks),
-            "preprocessing": json.loads(self.model.backbone.transform_key or "{}"),
+            "preprocessing": json.loads(self.datamodule.transform_key or "{}"),
             "config": yaml.safe_load(self._resolved),
             "code": provenance.code_version(),
         }

@@ -112,19 +112,24 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
     document = _document(path)
     try:
         if document["kind"] == "checkpoint":
-            mixture = _static(path, document, backbone or open_backbone(path))
+            mixture = _static(path, document, backbone or open_backbone(path, classifiers=_reads(document)))
         else:
             tensors = open_checkpoint(path / WEIGHTS, role="model")
             names = {name.removeprefix("shared/"): name for name in tensors if name.startswith("shared/")}
             names |= {alias: names[name] for alias, name in document["aliases"].items()}
             own = {name: file for name, file in names.items() if not name.startswith(FOREIGN)}
-            backbone = backbone or open_backbone(path, tensors.renamed(own))
+            backbone = backbone or open_backbone(path, tensors.renamed(own), classifiers=_reads(document))
             mixture = _mixture(tensors, document, _flowing(backbone, document))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged: {type(error).__name__} {error}.", "Copy it again, or save the model again."
         ) from error
     return mixture.eval()
+
+
+def _reads(document: Mapping[str, Any]) -> bool:
+    """Return whether heads were experts' classifiers, which have names in the experts' files."""
+    return any(head.get("names") for head in document["heads"].values())
 
 
 def _static(path: Path, document: Mapping[str, Any], backbone: Backbone) -> Mixture:

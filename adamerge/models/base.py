@@ -206,6 +206,23 @@ class ModuleBackbone:
         """Turn one PIL image into a uint8 tensor; a backbone without transform passes it on."""
         return self._preprocess(value) if self._preprocess else value
 
+    def preprocessing(self, max_length: int | None = None) -> tuple[Callable[[Any], Tensor], str]:
+        """Return `preprocess` for data of many inputs, and its key.
+
+        Args:
+            max_length: Tokens at which texts are cut; default: the model's own length.
+
+        Raises:
+            InputError: The model reads images, or fewer tokens.
+        """
+        if self.modality == "text" and self._preprocess is not None:
+            texts: Any = self._preprocess
+            texts = texts if max_length is None else texts.limited(max_length)
+            return texts, texts.key
+        if max_length is not None:
+            raise InputError(f"max_length={max_length}: this model reads images.", "Leave it out.")
+        return self.preprocess, self.transform_key
+
     def expert(self, path: Path, role: str, base: State, opener: Opener) -> State:
         """Open an expert by the base's tensor names.
 

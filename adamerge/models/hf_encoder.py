@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamerge.checkpoints import Checkpoint, is_adapter, open_adapter, open_checkpoint
+from adamerge.checkpoints import (
+    Checkpoint,
+    is_adapter,
+    open_adapter,
+    open_checkpoint,
+    transformer_folder,
+)
+from adamerge.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
 from adamerge.models.base import Opener, read_object
@@ -37,28 +44,38 @@ class HFEncoder(ClassifierBackbone):
     Features are what that layer reads: BERT's pooled output after tanh, the output of RoBERTa's
     ``classifier.dense`` and of DistilBERT's ``pre_classifier``. Where the base has these layers they are
     merged like all others. Where it has none (a masked language model, an encoder without pooler), features
-    are what the first of them reads, and they are part of each expert's own head. A sentence-transformers
-    folder gives the pooled (and, where it says so, normalised) sentence vectors, and its tasks need head
-    files.
+    are what the first of them reads, and they are part of each expert's own head.
+
+    A sentence-transformers folder gives the pooled (and, where it says so, normalised) sentence vectors, and
+    its tasks need head files; or it is the encoder of classifiers, like any other.
 
     Args:
         path: A folder that transformers reads: an `AutoModelForSequenceClassification`, an
             `AutoModelForImageClassification`, or the bare encoder of one. Tensor names of the file may
             be older than the library's.
         names: The base's state, where the folder does not hold its weights.
-        max_length: Tokens at which texts are cut, unless the model allows fewer.
+        max_length: Tokens at which texts are cut; default: the model's own length.
+        classifiers: Whether experts are classifiers where the folder is one of sentence-transformers.
 
     Raises:
         InputError: The model is of no such kind, its weights lack a part, or the folder has no
             preprocessing.
     """
 
-    def __init__(self, path: str | Path, names: Collection[str] | None = None, max_length: int = 128) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        names: Collection[str] | None = None,
+        max_length: int | None = None,
+        *,
+        classifiers: bool = False,
+    ) -> None:
         path = Path(path)
+        sentences = is_sentence_encoder(path) and not classifiers
         base = names if isinstance(names, Mapping) else open_checkpoint(path, role="base")
-        self.config, self.kind = _kind_of(path)
+        self.config, self.kind = _kind_of(path, sentences)
         model, found, joined = _match(self.kind, self.config, base)
-        pooling = read_pooling(path) if is_sentence_encoder(path) else None
+        pooling = read_pooling(path) if sentences else None
         if pooling:
             model.pooler = None  # sentence vectors are made of the tokens' own
         classifier = "" if pooling else cut_classifier(model, path)
@@ -75,7 +92,7 @@ class HFEncoder(ClassifierBackbone):
                 upto, files, classifier, pool=_logits if own_model is None else _features, **transform
             )
         else:
-            texts = read_tokenizer(path, model, max_length)
+            texts = read_tokenizer(transformer_folder(path), model, max_length)
             module = TextModel(upto, texts.fields, pooling or (_logits if own_model is None else _features))
             files = {f"model.{name}": file for name, file in files.items()}
             super().__init__(
@@ -156,7 +173,7 @@ class HFEncoder(ClassifierBackbone):
 
 def is_hf_encoder(path: Path) -> bool:
     """Tell whether a folder is one of transformers' with an encoder of images or texts."""
-    kind = read_object(path / CONFIG).get("model_type")
+    kind = read_object(transformer_folder(path) / CONFIG).get("model_type")
     return kind is not None and kind in {*_names("Image"), *_names("Sequence")}
 
 
@@ -164,16 +181,52 @@ def hf_encoder_heads(
     path: Path, tasks: Mapping[str, TaskSpec], experts: Mapping[str, Path]
 ) -> dict[str, Head]:
     """Give the tasks' heads: their experts' own classifiers."""
-    return classifier_heads(HFEncoder(path), open_checkpoint(path, role="base"), tasks, experts)
+    backbone = HFEncoder(path, classifiers=expects_classifiers(path, experts, tasks))
+    return classifier_heads(backbone, open_checkpoint(path, role="base"), tasks, experts)
 
 
-def _kind_of(path: Path) -> tuple[Any, Any]:
+def expects_classifiers(
+    path: Path, experts: Mapping[str, Path], tasks: Mapping[str, TaskSpec] | None = None
+) -> bool:
+    """Return whether a sentence-transformers folder is the encoder of classifiers rather than of sentences.
+
+    Args:
+        path: The base's folder.
+        experts: The experts' paths by task.
+        tasks: The tasks' rows: one with a head file reads sentence vectors.
+
+    Raises:
+        InputError: Some tasks bring head files and others classifiers, which read different features.
+    """
+    if not is_sentence_encoder(path) or not is_hf_encoder(path):
+        return False
+    filed = [task for task in experts if tasks and task in tasks and tasks[task].head]
+    rest = {task: expert for task, expert in experts.items() if task not in filed}
+    if not rest:
+        return False
+    backbone = HFEncoder(path, classifiers=True)
+    own = [task for task, expert in rest.items() if _holds_classifier(backbone, expert)]
+    if own and filed:
+        raise InputError(
+            f"task {filed[0]!r} has a head file, which reads sentence vectors of {path}, and task {own[0]!r} "
+            "the classifier of its expert, which reads other features.",
+            "Give head files for all tasks, or for none.",
+        )
+    return bool(own)
+
+
+def _holds_classifier(backbone: HFEncoder, expert: Path) -> bool:
+    file = expert / ADAPTER_WEIGHTS if is_adapter(expert) else expert
+    return file.exists() and bool(backbone.classifier_in(open_checkpoint(file)))
+
+
+def _kind_of(path: Path, sentences: bool) -> tuple[Any, Any]:
     """Read a folder's configuration, and choose the transformers class that makes models of it."""
     import transformers
 
-    config: Any = transformers_config(path)
+    config: Any = transformers_config(transformer_folder(path))
     config.num_labels = N_CLASSES
-    if is_sentence_encoder(path):
+    if sentences:
         return config, transformers.AutoModel
     if _classifies(config, "Image") or config.model_type not in _names("Sequence"):
         return config, transformers.AutoModelForImageClassification

@@ -13,9 +13,10 @@ from adamerge.models import open_clip
 from adamerge.models.base import ModuleBackbone
 from adamerge.models.heads import Head
 from adamerge.models.hf_clip import HfClipBackbone, hf_clip_activation, hf_clip_heads, is_hf_clip
-from adamerge.models.hf_encoder import HFEncoder, hf_encoder_heads, is_hf_encoder
+from adamerge.models.hf_encoder import HFEncoder, expects_classifiers, hf_encoder_heads, is_hf_encoder
 from adamerge.models.open_clip import OpenClipBackbone, is_open_clip, open_clip_activation, open_clip_heads
 from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
+from adamerge.models.tokenizers import require_same_tokenizers
 
 Tasks = Mapping[str, TaskSpec]
 Paths = Mapping[str, Path]
@@ -33,6 +34,8 @@ class Format(NamedTuple):
         activation: Tells the activation that a folder's configuration names, where it names one.
         compare: Refuses experts' folders whose configuration differs from the base's.
         normalize: Whether the heads of head files read features on the unit sphere, as CLIP's do.
+        classifiers: Gives the backbone of classifiers, where ``backbone`` may be something else.
+        expects_classifiers: Tells by base, experts and tasks whether that is the backbone to take.
     """
 
     name: str
@@ -42,6 +45,13 @@ class Format(NamedTuple):
     activation: Callable[[Path], str | None] = lambda path: None
     compare: Callable[[Path, Paths], None] = require_same_configuration
     normalize: bool = True
+    classifiers: Callable[[Path, Collection[str]], ModuleBackbone] | None = None
+    expects_classifiers: Callable[[Path, Paths, Tasks | None], bool] = lambda path, experts, tasks: False
+
+
+def _require_same_encoder(base: Path, experts: Paths) -> None:
+    require_same_configuration(base, experts)
+    require_same_tokenizers(base, experts)
 
 
 FORMATS = (
@@ -62,16 +72,29 @@ FORMATS = (
         compare=require_same_timm,
         normalize=False,
     ),
-    Format("Hugging Face classifier", is_hf_encoder, HFEncoder, hf_encoder_heads, normalize=False),
+    Format(
+        "Hugging Face classifier",
+        is_hf_encoder,
+        HFEncoder,
+        hf_encoder_heads,
+        compare=_require_same_encoder,
+        normalize=False,
+        classifiers=lambda path, names: HFEncoder(path, names, classifiers=True),
+        expects_classifiers=expects_classifiers,
+    ),
 )
 
 
-def open_backbone(source: str | Path, names: Collection[str] | None = None) -> ModuleBackbone:
+def open_backbone(
+    source: str | Path, names: Collection[str] | None = None, *, classifiers: bool = False
+) -> ModuleBackbone:
     """Open the backbone of a model folder, whose files say what it is.
 
     Args:
         source: The folder, a hub id, ``open_clip:ARCH/TAG``, ``open_clip:ARCH=FILE`` or ``embedded:NAME``.
         names: Names of the model's tensors; default: those of its weights.
+        classifiers: Whether heads are experts' classifiers, where the folder can also make something else of
+            its encoder, as sentence-transformers folders do: see `reads_classifiers`.
 
     Raises:
         InputError: No known format, code of the folder's own, or weights that lack what the configuration
@@ -82,7 +105,8 @@ def open_backbone(source: str | Path, names: Collection[str] | None = None) -> M
     require_no_code(path)
     found = format_of(path)
     names = open_checkpoint(path, role="base") if names is None else names
-    backbone = found.backbone(path, names)
+    make = (found.classifiers if classifiers else None) or found.backbone
+    backbone = make(path, names)
     missing = [name for name in backbone.names if name not in names]
     if missing:
         raise InputError(
@@ -149,6 +173,25 @@ def own_classifiers(base: Path, experts: Mapping[str, Path]) -> tuple[dict[str, 
         except InputError as error:
             reasons[task] = str(error).partition("\n")[0]
     return heads, reasons
+
+
+def reads_classifiers(
+    base: str | Path, experts: Mapping[str, str | Path], tasks: Mapping[str, TaskSpec] | None = None
+) -> bool:
+    """Return whether `open_backbone` of a base is to be asked for features of classifiers.
+
+    Args:
+        base: The base, as for `open_backbone`.
+        experts: The experts by task name.
+        tasks: The tasks' rows, where they are known: a head file in one may decide.
+
+    Raises:
+        InputError: The heads of the tasks read different features.
+    """
+    path = locate(str(base), "base")
+    row = _recognised(path)
+    paths = {task: locate(str(expert), f"expert {task!r}") for task, expert in experts.items()}
+    return row is not None and row.expects_classifiers(path, paths, tasks)
 
 
 def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str, Head]:

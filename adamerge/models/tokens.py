@@ -3,71 +3,144 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adamerge.checkpoints import read_modules
+from adamerge.checkpoints.modules import MODULES
 from adamerge.errors import InputError
+from adamerge.models.base import read_object
 from adamerge.models.libraries import transformers_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
-_MODULES = "modules.json"  # what sentence-transformers folders consist of
 _WAYS = {
     "cls": "pooling_mode_cls_token",
     "mean": "pooling_mode_mean_tokens",
     "max": "pooling_mode_max_tokens",
 }
 _ALWAYS = ("input_ids", "attention_mask")
+_LONGEST = 8192  # tokens of a text, unless the user asks for more
+_UNKNOWN = 512  # where nothing tells a length, nor positions
 Pool = Callable[[Any, Tensor], Tensor]
 
 
+class Length(NamedTuple):
+    """Tokens that a model reads of a text.
+
+    Attributes:
+        own: Where the model's files say that texts are cut.
+        most: How many it has positions for; None: any number.
+    """
+
+    own: int
+    most: int | None
+
+
 class Texts:
-    """From a text to its tokens, ``[field, token]`` int64, cut or padded to one length.
+    """From a text, or a pair of texts, to its tokens ``[field, token]`` int64, cut or padded to one length.
 
     Attributes:
         fields: The rows: input_ids, attention_mask, and what else the tokenizer gives.
+        length: Tokens at which texts are cut.
         key: A JSON text that names tokenizer, length and truncation.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        length: Tokens of every text.
-        accepted: What the model takes; other fields are left out.
+        length: The model's lengths.
+        accepted: Fields that the model takes; others are left out.
+        max_length: Tokens at which texts are cut, in the place of the model's own length.
+        lower: Whether texts are lowered first, as sentence-transformers does where its settings say so.
+
+    Raises:
+        InputError: The model has fewer positions than ``max_length``, or no token of a text is left.
     """
 
-    def __init__(self, tokenizer: Any, length: int, accepted: Collection[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        length: Length,
+        accepted: Collection[str],
+        max_length: int | None = None,
+        *,
+        lower: bool = False,
+    ) -> None:
         import transformers
 
+        self._tokenizer, self._lengths, self._lower = tokenizer, length, lower
+        self.length = length.own if max_length is None else self._checked(max_length)
         more = [n for n in tokenizer.model_input_names if n not in _ALWAYS and n in accepted]
         self.fields = (*_ALWAYS, *more)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        content = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
         facts = {"library": f"transformers {transformers.__version__}", "tokenizer": type(tokenizer).__name__}
-        facts |= {"digest": hashlib.sha256(content.encode()).hexdigest(), "fields": self.fields}
-        self.key = json.dumps(facts | {"max_length": length, "truncation": True}, sort_keys=True)
-        self._tokenizer, self._length = tokenizer, length
+        facts |= {"digest": _digest(tokenizer), "fields": self.fields}
+        if tokenizer.padding_side != "right" or tokenizer.truncation_side != "right" or lower:
+            facts |= {"sides": [tokenizer.padding_side, tokenizer.truncation_side], "lower": lower}
+        self.key = json.dumps(facts | {"max_length": self.length, "truncation": True}, sort_keys=True)
 
-    def __call__(self, text: str) -> Int64[Tensor, "field token"]:
-        """Tokenise one text.
+    def __call__(self, value: str | Sequence[str]) -> Int64[Tensor, "field token"]:
+        """Tokenise one text, or a pair.
 
         Raises:
             ValueError: This is no text.
         """
-        if not isinstance(text, str):
+        options = {"truncation": True, "max_length": self.length, "padding": "max_length"}
+        tokens = self._tokenizer(*self._parts(value), **options, return_attention_mask=True)
+        return torch.tensor([tokens[field] for field in self.fields])
+
+    def limited(self, max_length: int | None) -> "Texts":
+        """Return the same tokenizer with another length; None: the model's own."""
+        return Texts(self._tokenizer, self._lengths, self.fields, max_length, lower=self._lower)
+
+    def n_cut(self, value: str | Sequence[str], tokens: Int64[Tensor, "field token"]) -> int:
+        """Return how many tokens a text has in all where it was cut, else 0."""
+        if int(tokens[1].sum()) < self.length:
+            return 0
+        whole = self._tokenizer(*self._parts(value), truncation=False, verbose=False)["input_ids"]
+        return len(whole) if len(whole) > self.length else 0
+
+    def shorten(self, tokens: Int64[Tensor, "field token"]) -> Int64[Tensor, "field own"]:
+        """Return the tokens of a text without its padding."""
+        return tokens[:, tokens[1].bool()].clone() if tokens[1].any() else tokens[:, :1].clone()
+
+    def stack(self, texts: Sequence[Int64[Tensor, "field _own"]]) -> Int64[Tensor, "text field token"]:
+        """Pad shortened texts to one length: the least power of two that holds them all, or `length`."""
+        longest = max((text.shape[1] for text in texts), default=1)
+        size = min(self.length, max(16, 1 << (longest - 1).bit_length()))
+        whole = self._padding()[None, :, None].repeat(len(texts), 1, size)
+        is_left = self._tokenizer.padding_side == "left"
+        for row, text in zip(whole, texts, strict=True):
+            start = size - text.shape[1] if is_left else 0
+            row[:, start : start + text.shape[1]] = text
+        return whole
+
+    def _padding(self) -> Int64[Tensor, " field"]:
+        ids = {"input_ids": self._tokenizer.pad_token_id, "token_type_ids": self._tokenizer.pad_token_type_id}
+        return torch.tensor([ids.get(field, 0) for field in self.fields])
+
+    def _parts(self, value: Any) -> list[str]:
+        parts = [value] if isinstance(value, str) else value
+        is_text = isinstance(parts, tuple | list) and 1 <= len(parts) <= 2
+        if not is_text or not all(isinstance(part, str) for part in parts):
             raise ValueError("no text")
-        found = self._tokenizer(
-            text,
-            truncation=True,
-            max_length=self._length,
-            padding="max_length",
-            return_attention_mask=True,
-        )
-        return torch.tensor([found[field] for field in self.fields])
+        for part in parts:
+            part.encode()  # lone surrogates, which no tokenizer takes
+        return [part.lower() if self._lower else part for part in parts]
+
+    def _checked(self, max_length: int) -> int:
+        least, most = self._tokenizer.num_special_tokens_to_add(pair=True) + 1, self._lengths.most
+        if max_length < least or (most is not None and max_length > most):
+            known = f"{least} or more" if most is None else f"{least} to {most}"
+            raise InputError(
+                f"max_length={max_length}: this model reads {known} tokens of a text.",
+                f"Leave it out for the model's own length, {self._lengths.own}.",
+            )
+        return max_length
 
 
 class TextModel(nn.Module):
@@ -84,39 +157,44 @@ class TextModel(nn.Module):
         self.model, self.fields, self.pool = model, tuple(fields), pool
 
     def forward(self, tokens: Int64[Tensor, "text field token"]) -> Float[Tensor, "text dim"]:
-        """Encode texts; columns at the end that no text of the batch reaches are left out."""
+        """Encode texts; columns at either end that no text of the batch reaches are left out."""
         used = tokens[:, self.fields.index("attention_mask")].amax(0).nonzero()
-        tokens = tokens[:, :, : int(used.max()) + 1 if len(used) else 1]
+        first, last = (int(used.min()), int(used.max())) if len(used) else (0, 0)
+        tokens = tokens[:, :, first : last + 1]
         values = dict(zip(self.fields, tokens.unbind(1), strict=True))
         return self.pool(self.model(**values), values["attention_mask"])
 
 
-def read_tokenizer(path: Path, model: Any, length: int) -> Texts:
+def has_tokenizer(path: Path) -> bool:
+    """Return whether a folder holds the files of a tokenizer."""
+    return any((path / name).is_file() for name in _FILES)
+
+
+def read_tokenizer(path: Path, model: Any, max_length: int | None = None) -> Texts:
     """Read a folder's tokenizer, and let a model that looks for padding (GPT-2, Llama) know its token.
 
     Args:
         path: The folder.
         model: The model; its configuration is changed where it looks for padding.
-        length: Tokens at which texts are cut, unless the model allows fewer.
+        max_length: See `Texts`.
 
     Raises:
-        InputError: There is none, or it is damaged or cannot pad.
+        InputError: There is no tokenizer, it is damaged or cannot pad, or ``max_length`` does not fit.
     """
-    if not any((path / name).is_file() for name in _FILES):
+    if not has_tokenizer(path):
         raise InputError(
             f"{path} has no tokenizer: none of {', '.join(_FILES)}.",
             "Save the tokenizer beside the model: tokenizer.save_pretrained(FOLDER).",
         )
     tokenizer: Any = transformers_tokenizer(path)
     _set_padding(tokenizer, model, path)
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
-    positions = positions if positions > 0 else length  # -1, as XLNet has it, is no limit
-    accepted = inspect.signature(model.forward).parameters
-    return Texts(tokenizer, min(length, tokenizer.model_max_length, positions), accepted)
+    settings = _sentence_settings(path)
+    lengths, lower = _lengths(tokenizer, settings, model), settings.get("do_lower_case") is True
+    return Texts(tokenizer, lengths, inspect.signature(model.forward).parameters, max_length, lower=lower)
 
 
 def _set_padding(tokenizer: Any, model: Any, path: Path) -> None:
-    """Pad on the right, with a token that a model which reads the last token before the padding knows.
+    """Pad with a token that a model which reads the last token before the padding knows, on the right.
 
     What such a model gives a text does not depend on the padding token, so that one can be chosen where
     neither tokenizer nor configuration has any.
@@ -133,15 +211,44 @@ def _set_padding(tokenizer: Any, model: Any, path: Path) -> None:
         raise InputError(
             f"the tokenizer of {path} has no padding token.", "Set pad_token, and save it again."
         )
-    tokenizer.padding_side = "right"
     if looks_for_padding:
+        tokenizer.padding_side = "right"
         model.config.pad_token_id = tokenizer.pad_token_id
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
+def _lengths(tokenizer: Any, settings: Mapping[str, Any], model: Any) -> Length:
+    """Take the smallest length that tokenizer, sentence-transformers and positions tell.
+
+    A tokenizer that knows none says 10^30. Positions of RoBERTa's kind begin behind that of the padding.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) and positions > 0 else None
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Embedding) and "position" in name and layer.padding_idx is not None:
+            most = min(most or layer.num_embeddings, layer.num_embeddings - layer.padding_idx - 1)
+    lengths = (tokenizer.model_max_length, settings.get("max_seq_length"), most)
+    known = [n for n in lengths if isinstance(n, int) and not isinstance(n, bool) and 0 < n <= _LONGEST]
+    if not known:
+        return Length(_UNKNOWN if most is None else _LONGEST, most)
+    return Length(min(known), most)
+
+
+def _sentence_settings(path: Path) -> dict[str, Any]:
+    """Read what sentence-transformers keeps beside its encoder: sentence_bert_config.json and its kin."""
+    files = sorted(path.glob("sentence_*_config.json"))
+    return read_object(files[0]) if files else {}
+
+
+def _digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def is_sentence_encoder(path: Path) -> bool:
-    """Tell whether a folder is one of sentence-transformers."""
-    return (path / _MODULES).is_file()
+    """Return whether a folder is one of sentence-transformers."""
+    return (path / MODULES).is_file()
 
 
 def read_pooling(path: Path) -> Pool:
@@ -151,13 +258,13 @@ def read_pooling(path: Path) -> Pool:
         InputError: It has parts beyond pooling and normalisation, or a file is damaged.
     """
     try:
-        parts = json.loads((path / _MODULES).read_text(encoding="utf-8"))
+        parts = read_modules(path)
         kinds = [part["type"].rpartition(".")[2] for part in parts]
         folder = path / next(part["path"] for part in parts if part["type"].endswith(".Pooling"))
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ways = [name for name, key in _WAYS.items() if settings.get(key)] or [settings.get("pooling_mode")]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
-        raise InputError(f"{path / _MODULES} or its pooling is missing or damaged: {error!r}.") from error
-    ways = [name for name, key in _WAYS.items() if settings.get(key)] or [settings.get("pooling_mode")]
+        raise InputError(f"{path / MODULES} or its pooling is missing or damaged: {error!r}.") from error
     if len(ways) != 1 or ways[0] not in _WAYS or kinds[2:] not in ([], ["Normalize"]):
         raise InputError(
             f"{path} makes sentence vectors by {', '.join(kinds)} and pooling {ways}.",
@@ -169,7 +276,9 @@ def read_pooling(path: Path) -> Pool:
 def _pooled(output: Any, mask: Int64[Tensor, "text token"], *, way: str, normalize: bool) -> Tensor:
     tokens, own = output.last_hidden_state, mask[..., None].bool()
     if way == "cls":
-        vectors = tokens[:, 0]
+        vectors = tokens[
+            torch.arange(len(tokens), device=mask.device), mask.argmax(1)
+        ]  # whatever the padding
     elif way == "max":
         vectors = tokens.masked_fill(~own, -torch.inf).amax(1)
     else:

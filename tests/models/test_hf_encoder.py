@@ -250,7 +250,7 @@ class TestSentenceEncoder:
 
     def test_its_tasks_need_head_files_which_read_features_as_they_are(self, tmp_path: Path) -> None:
         self.write(tmp_path / "base", pooling_mode="mean")
-        write_hf(tmp_path / "x", make_hf(texts("Bert")))
+        write_hf(tmp_path / "x", make_hf(texts("Bert"), auto="AutoModel"))
         with pytest.raises(InputError, match="expert 'x' .* has no classifier beside its encoder"):
             open_heads(tmp_path / "base", specs(x=3), {"x": tmp_path / "x"})
         save_file({"weight": torch.ones(3, 16)}, tmp_path / "head.safetensors")
