@@ -10,11 +10,15 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from glob import escape
 from pathlib import Path
 
+from adamerge import ownership
 from adamerge.errors import EnvironmentProblem, InputError
+from adamerge.interrupts import cleaning
+from adamerge.locks import is_another_process as _is_another_process
+from adamerge.locks import locked
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -30,9 +34,10 @@ def atomic_file(target: Path, *, durable: bool = False) -> Iterator[Path]:
     Raises:
         EnvironmentProblem: The disk is full or the folder cannot be written.
     """
+    ownership.note(target)
     temporary = _fresh_temporary(target)  # a folder: libraries leave temporaries of their own
     try:
-        with _named_disk_errors(target):
+        with _named_disk_errors(target), cleaning(lambda: _remove(temporary)):
             temporary.mkdir()
             yield temporary / target.name
             _share(temporary / target.name)
@@ -47,24 +52,46 @@ def atomic_file(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to fill; it becomes ``target`` when the block ends well.
+    """Give a temporary folder to fill; it becomes ``target``, with a list of its files, at the block's end.
+
+    Args:
+        target: The folder to make.
+        overwrite: Replace an old one, if adamerge wrote all that it holds.
 
     Raises:
-        InputError: ``target`` exists and ``overwrite`` is false.
+        InputError: ``target`` exists and ``overwrite`` is false, holds files of somebody else, or is being
+            written by another process.
         EnvironmentProblem: The disk is full or the folder cannot be written.
     """
     refuse_existing(target, overwrite=overwrite)
-    temporary = _fresh_temporary(target)
-    try:
-        with _named_disk_errors(target):
-            temporary.mkdir()
-            yield temporary
-            for path in temporary.rglob("*"):
-                _share(path)
-            _share(temporary)
-            _swap(temporary, target)
-    finally:
-        _remove(temporary)
+    ownership.note(target, is_folder=True)
+    with exclusive(target):
+        temporary = _fresh_temporary(target)
+        try:
+            with _named_disk_errors(target), cleaning(lambda: _remove(temporary)):
+                temporary.mkdir()
+                yield temporary
+                ownership.list_folder(temporary)
+                for path in temporary.rglob("*"):
+                    _share(path)
+                _share(temporary)
+                refuse_existing(target, overwrite=overwrite)  # as it is now
+                _swap(temporary, target)
+        finally:
+            _remove(temporary)
+
+
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Keep other processes from writing to a target within the block.
+
+    Raises:
+        InputError: One does.
+    """
+    with _named_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent / f".{target.name}.lock", target):
+        yield
 
 
 def write_text(target: Path, text: str) -> None:
@@ -73,13 +100,24 @@ def write_text(target: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise InputError if the target is already there and may not be replaced."""
-    if target.exists() and not overwrite:
+def refuse_existing(target: Path, *, overwrite: bool, inputs: Mapping[str, str | Path] | None = None) -> None:
+    """Raise InputError if the target is already there and may not be replaced.
+
+    Args:
+        target: The file or folder to write.
+        overwrite: Replace what adamerge wrote; what anybody else did stays.
+        inputs: What is read, by its role: no output may take its place.
+    """
+    _restore(target)
+    ownership.protect(target, inputs or {})
+    if not target.exists():
+        return
+    if not overwrite:
         raise InputError(
             f"output {target} exists already.",
             "Choose another path, or pass overwrite=True (--overwrite) to replace it.",
         )
+    ownership.require_ours(target)
 
 
 def require_free_space(folder: Path, n_bytes: int) -> None:
@@ -101,20 +139,19 @@ def _fresh_temporary(target: Path) -> Path:
             pid = stale.name.rsplit("-", 1)[1]
             if pid.isdigit() and not _is_another_process(int(pid)):
                 _remove(stale)
+        _restore(target)
     return target.parent / f".{target.name}.tmp-{os.getpid()}"
 
 
-def _is_another_process(pid: int) -> bool:
-    """Tell whether a living process other than this one has the id; in a container, ids repeat."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _restore(target: Path) -> None:
+    """Undo or complete what a process did that was killed while it replaced a folder in two steps."""
+    for old in target.parent.glob(f".{escape(target.name)}.old-*"):
+        pid = old.name.rsplit("-", 1)[1]
+        if pid.isdigit() and not _is_another_process(int(pid)):
+            if os.path.lexists(target):
+                _remove(old)
+            else:
+                os.replace(old, target)
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -59,6 +59,19 @@ def locked(path: Path, what: object) -> Iterator[None]:
         release()
 
 
+def is_another_process(pid: int) -> bool:
+    """Return whether a living process other than this one has the identifier (containers repeat them)."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def _acquire(path: Path, what: object) -> int:
     while True:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 import adamerge
+from adamerge import ownership
 from adamerge.atomic import write_text
 from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.results import ResultRow, agreements, make_row, markdown, markdown_table
@@ -61,7 +62,7 @@ _BASELINES = {
     "uniform": "all experts alike",
     "shared": "the shared model alone",
 }
-_VOLATILE = ("wandb",)  # W&B goes on writing to its folder
+_VOLATILE = ("wandb", "lightning_logs")  # loggers go on writing to their folders
 
 
 def code_version() -> dict[str, str]:
@@ -99,6 +100,21 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
             f"this run was written in schema {before.get('schema_version')}, here it is {SCHEMA_VERSION}.",
             "Resume it with the version of adamerge that began it, or start anew.",
         )
+    changed = changes(before, now)
+    if changed:
+        raise InputError(
+            f"this run cannot be resumed, its inputs changed: {shortlist(changed, 3)}.",
+            "Restore them, or pass --resume_anyway true.",
+        )
+    _warn_of_versions(before, now)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compare what two runs began with.
+
+    Returns:
+        One line per value that differs and changes a step: "KEY: OLD before, NEW now".
+    """
     old, new = (_flatten({key: part[key] for key in part if key != "code"}) for part in (before, now))
     changed = [key for key in old if old[key] != new.get(key) and key not in _VERSIONS]
     changed += [key for key in new if key not in old and _was_recorded(key, before, now)]
@@ -108,13 +124,7 @@ def require_same_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
         for key in changed
         if not key.startswith(_HARMLESS) or (decays and key == "config.trainer.max_steps")
     ]
-    if changed:
-        found = [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
-        raise InputError(
-            f"this run cannot be resumed, its inputs changed: {shortlist(found, 3)}.",
-            "Restore them, or pass --resume_anyway true.",
-        )
-    _warn_of_versions(before, now)
+    return [f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
 
 
 def _was_recorded(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -167,7 +177,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the SHA-256 of every file of a finished run."""
+    """Write the SHA-256 of every file that a finished run wrote."""
     write_text(folder / MANIFEST, json.dumps(_hashes(folder), indent=2) + "\n")
 
 
@@ -183,12 +193,9 @@ def changed_files(folder: Path) -> list[str]:
     if not (folder / MANIFEST).exists():
         raise InputError(f"{folder} has no {MANIFEST}.", "Only a finished run can be verified.")
     expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    found = _hashes(folder)
-    return [
-        f"{name}: {'missing' if name not in found else 'changed'}"
-        for name in expected
-        if found.get(name) != expected[name]
-    ]
+    told = {name: "missing" for name in expected if not (folder / name).is_file()}
+    told |= {n: "changed" for n in expected if n not in told and _hash(folder / n) != expected[n]}
+    return [f"{name}: {told[name]}" for name in expected if name in told]
 
 
 def model_card(
@@ -266,13 +273,17 @@ def _measured(row: ResultRow) -> Iterator[tuple[str, str]]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    relative = {p: p.relative_to(folder) for p in files}
-    return {
-        name.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path, name in relative.items()
-        if name.parts[0] not in _VOLATILE
-    }
+    if ownership.kind_of(folder) is None:
+        names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    else:
+        names = sorted(ownership.survey(folder).files)
+    passed = (MANIFEST, ownership.LIST)
+    names = [name for name in names if Path(name).name not in passed and Path(name).parts[0] not in _VOLATILE]
+    return {name: _hash(folder / name) for name in names}
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from adamerge import atomic
 from adamerge.atomic import atomic_file, atomic_folder, require_free_space, write_text
 from adamerge.errors import EnvironmentProblem, InputError
+from adamerge.ownership import LIST
 
 
 def entries(folder: Path) -> list[str]:
@@ -77,9 +78,13 @@ def test_a_folder_is_replaced_as_a_whole(
     target = tmp_path / "run"
     fill(target, "old")
     (target / "stray").touch()
+    with pytest.raises(InputError, match=r"holds what adamerge did not write: stray\.\nMove that away"):
+        fill(target, "new")
+    assert (target / "sub" / "a.txt").read_text() == "old"
+    (target / "stray").unlink()
     fill(target, "new")
     assert (target / "sub" / "a.txt").read_text() == "new"
-    assert entries(target) == ["sub"]
+    assert entries(target) == [LIST, "sub"]
     assert entries(tmp_path) == ["run"]
 
 

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from adamerge import provenance
+from adamerge import ownership, provenance
 from adamerge.atomic import write_text
 from adamerge.benchmarks import gate
 from adamerge.benchmarks.files import (
@@ -22,7 +23,7 @@ from adamerge.benchmarks.files import (
 from adamerge.benchmarks.opened import BOUNDS, INDIVIDUAL, Models, is_static, measures
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest, shortlist
-from adamerge.fitting import run
+from adamerge.fitting import LAST, pending, run
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console, print_line
 from adamerge.results import ResultRow, doubts, make_row, print_table, read_row, write_row, write_table
@@ -105,12 +106,13 @@ class Benchmark:
                 self._method_file(method)  # refuses what is unknown before any work
         if len({method_name(method) for method in methods}) < len(set(methods)):
             raise InputError("two methods have one name.", "Rename one of the files.")
-        write_text(self.config, self.text)
-        self.pass_gate()
-        arguments = {method: tuple((extra or {}).get(method, ())) for method in methods}
-        for method in methods:  # what is wrong with models or images ends the table, not one row
-            self._stamp(method, arguments[method])
-        rows = [self._attempt(method, arguments[method], keep_going=keep_going) for method in methods]
+        with self.claimed():
+            write_text(self.config, self.text)
+            self.pass_gate()
+            arguments = {method: tuple((extra or {}).get(method, ())) for method in methods}
+            for method in methods:  # what is wrong with models or images ends the table, not one row
+                self._stamp(method, arguments[method])
+            rows = [self._attempt(method, arguments[method], keep_going=keep_going) for method in methods]
         return [self._complete(row) for row in rows if row is not None]
 
     def _attempt(self, method: str, extra: Sequence[str], *, keep_going: bool) -> ResultRow | None:
@@ -141,11 +143,16 @@ class Benchmark:
 
     def write(self, rows: Sequence[ResultRow], title: str) -> None:
         """Write and print the table, and draw the bars."""
-        write_table(self.out, rows)
-        save_picture(self.out / "accuracy.png", lambda: accuracy_bars(rows))
-        if sum(bool(row.details.get("stored")) for row in rows) > 1:
-            save_picture(self.out / "accuracy_bytes.png", lambda: bytes_curve(rows))
+        with self.claimed():
+            write_table(self.out, rows)
+            save_picture(self.out / "accuracy.png", lambda: accuracy_bars(rows))
+            if sum(bool(row.details.get("stored")) for row in rows) > 1:
+                save_picture(self.out / "accuracy_bytes.png", lambda: bytes_curve(rows))
         print_table(rows, title)
+
+    def claimed(self) -> AbstractContextManager[object]:
+        """Write to the table's folder within the block, as the only process."""
+        return ownership.claimed(self.out, "table")
 
     def folder(self, method: str) -> Path:
         """Give the run folder of a method."""
@@ -161,21 +168,29 @@ class Benchmark:
             )
 
     def _row(self, method: str, extra: Sequence[str] = ()) -> ResultRow:
-        """Read a finished row, or compute it; a row of other inputs or options counts as none."""
-        folder, stamp = self.folder(method), self.out / "methods" / f"{method_name(method)}.stamp"
-        current = self._stamp(method, extra)
-        is_ours = stamp.exists() and stamp.read_text(encoding="utf-8") == current
+        """Read a finished row, or compute it; a row of other inputs or options counts as none.
+
+        Two stamps tell all that a row depends on: ``.stamp`` of the row that the folder holds, ``.begun`` of
+        the one that is computed, beside it or in an empty folder.
+        """
+        folder, current = self.folder(method), self._stamp(method, extra)
+        stamp, begun = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("stamp", "begun"))
         last_file = folder / ("result.json" if is_static(method) else provenance.MANIFEST)
-        if is_ours and last_file.exists():
+        is_current = _read(stamp) == current
+        if is_current and last_file.exists():
             console.print(f"{method}: done before")
             return self._read_row(method)
-        write_text(stamp, current)
+        is_begun = _read(begun) == current
+        write_text(begun, current)
         if is_static(method):
             write_row(folder / "result.json", self._static_row(method))
             console.print(f"{method}: done")
         else:
-            can_resume = is_ours and (folder / "checkpoints" / "last.ckpt").exists()
+            is_its_own = is_current or (is_begun and not stamp.exists())
+            can_resume = (is_its_own and (folder / LAST).exists()) or (is_begun and pending(folder))
             self._adapt(method, [*(_RESUME if can_resume else _ANEW), *extra])
+        write_text(stamp, current)
+        begun.unlink()
         return self._read_row(method)
 
     def _read_row(self, method: str) -> ResultRow:
@@ -211,7 +226,9 @@ class Benchmark:
         """Tell, as text, all that a row depends on."""
         inputs = [provenance.code_version(), self.models.digests, self.models.inputs(method)]
         parts = [self.text, *map(json.dumps, inputs)]
-        parts += [] if is_static(method) else [self._method_file(method).read_text(encoding="utf-8"), *extra]
+        if not is_static(method):
+            parts += [self._method_file(method).read_text(encoding="utf-8")]
+            parts += [word.replace(str(self.out), "") for word in extra]  # wherever the table lies
         return "\n".join(parts)
 
     def _complete(self, row: ResultRow) -> ResultRow:
@@ -244,6 +261,10 @@ def _message(error: Exception) -> str:
     if isinstance(error, AdamergeError):
         return str(error)
     return f"{type(error).__name__}: {error}\nADAMERGE_TRACEBACK=1 ends at such a row and shows where."
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def _require_settings(given: Collection[str]) -> None:

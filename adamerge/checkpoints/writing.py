@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adamerge.atomic import atomic_file, atomic_folder, refuse_existing, require_free_space
+import adamerge
+from adamerge.atomic import atomic_file, atomic_folder, exclusive, refuse_existing, require_free_space
 from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.header import make_header
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
@@ -91,8 +92,9 @@ def save_stream(
     n_bytes = sum(info.n_bytes for info in infos.values())
     require_free_space(out.parent, n_bytes)
     if layout.root.is_file():
-        with atomic_file(out) as file:
-            _Shards(layout, infos, {layout.root: file}, metadata).fill(tensors)
+        mark = {"adamerge": json.dumps({"version": adamerge.__version__})}  # it may be replaced
+        with exclusive(out), atomic_file(out) as file:
+            _Shards(layout, infos, {layout.root: file}, mark | dict(metadata or {})).fill(tensors)
         return out
     with atomic_folder(out, overwrite=overwrite) as folder:
         copy_companions(layout.root, folder, dtype)

@@ -106,13 +106,14 @@ def bench(
     )
     table.premises = _stated(table.premises, expect, waive, gate)
     clean = define(benchmark, **{**given, "corruption": ""}) if corruption else None
-    told = _pass_clean(clean, table, data) if clean else []
-    settings = {name: _settings(name, trainer or {}) for name in names}
-    rows = table.run(names, settings, keep_going=True)
-    table.waived = [*told, *table.waived]
-    if rows:
-        _write(table, rows, name, definition)
-        print_line(_closing(rows, time.monotonic() - began, table.out))
+    with table.claimed():
+        told = _pass_clean(clean, table, data) if clean else []
+        settings = {name: _settings(name, trainer or {}) for name in names}
+        rows = table.run(names, settings, keep_going=True)
+        table.waived = [*told, *table.waived]
+        if rows:
+            _write(table, rows, name, definition)
+            print_line(_closing(rows, time.monotonic() - began, table.out))
     return _exit_code(table.failures, len(names))
 
 

@@ -55,7 +55,7 @@ def compress(
         overwrite: Replace the output if it exists.
     """
     target = Path(out)
-    refuse_existing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite, inputs={"the base": base, "the expert": expert})
     if density == 1:
         raise InputError("density=1 leaves the vector as it is: nothing is compressed.", "Use e.g. 0.2.")
     sources = Sources.find(base, [f"{_ROLE}={expert}"])
@@ -98,7 +98,7 @@ def decompress(
         force: Accept another base than the one that the file names.
         overwrite: Replace the output if it exists.
     """
-    refuse_existing(Path(out), overwrite=overwrite)
+    refuse_existing(Path(out), overwrite=overwrite, inputs={"the base": base, "the compressed expert": file})
     layout = locate(base, "base")
     state = open_compressed(file, open_checkpoint(layout, role="base"), force=force)
     sizes = [math.prod(state.info(name).shape) for name in state]

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from adamerge import __version__
-from adamerge.atomic import refuse_existing, require_free_space, write_text
+from adamerge.atomic import exclusive, refuse_existing, require_free_space, write_text
 from adamerge.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from adamerge.checkpoints.contents import choose, tensors_in
 from adamerge.checkpoints.diagnosis import in_units
@@ -62,7 +62,7 @@ def convert(
     target = Path(out) if out else source.with_name(converted_name(source))
     if out is None and target == source:
         raise InputError(f"{source} is a safetensors file.", "Give another file to write: --out FILE")
-    refuse_existing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite, inputs={"the old file": source})
     if source.suffix == ".safetensors":
         lines = _rewrite(source, target, key, strip)
     else:
@@ -121,7 +121,8 @@ def _convert_shards(source: Path, *, overwrite: bool) -> int:
 
 def _save(tensors: Mapping[str, Tensor], source: Path, target: Path) -> None:
     metadata = {"format": "pt", "source": source.name, "source_sha256": sha256(source)}
-    save_tensors(tensors, target, metadata | {"converted_by": f"adamerge {__version__}"})
+    with exclusive(target):
+        save_tensors(tensors, target, metadata | {"converted_by": f"adamerge {__version__}"})
 
 
 def _stripped(stored: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:

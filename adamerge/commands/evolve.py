@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from adamerge import provenance
+from adamerge.atomic import refuse_existing
 from adamerge.benchmarks import Benchmark
 from adamerge.benchmarks.opened import INDIVIDUAL
 from adamerge.checkpoints import locate
@@ -84,28 +85,30 @@ def evolve(
         raise InputError(f"there is no static method {start!r}.", nearest(start, [*METHODS, "zero_shot"]))
     lent = _lent(donors, list(table.models.experts))
     scored = _OBJECTIVES[objective]() if objective in _OBJECTIVES else Supervised(objective)  # pyright: ignore[reportArgumentType]  # the names that are left are Supervised's
-    individual, first = table.run([INDIVIDUAL, start])
-    task = _Opened(table, start, lent, scored)
-    genome = Genome(1 + len(lent), task.count, repeats, scales)
-    asked = {"start": start, "donors": lent, "objective": objective, "repeats": repeats, "scales": scales}
-    asked |= {"sigma": sigma, "method": method, "seed": seed, "population": population}
-    inputs = {
-        "weights": table.models.digests,
-        "data": table.data.fingerprint(labelled=scored.needs_labels),
-        "config": asked,
-    }
-    judged = {name: digest for name, digest in inputs["data"].items() if not name.endswith(" test")}
-    options: dict[str, Any] = {"method": method, "population": population, "sigma": sigma, "seed": seed}
-    options |= {"state": folder / "search.pt", "inputs": [inputs["weights"], judged, asked, table.text]}
-    found = search(task.fitness(), task.blocks, genome, generations, **options)
-    flow, notes, details = task.selected(found)
-    evaluation = table.models.accuracy(lambda _: task.weights, backbone=FlowBackbone(task.backbone, flow))
-    told: dict[str, Any] = {"unknown": evaluation.unknown, "notes": notes, "details": details}
-    told["transductive"] = [name for name, count in table.data.transductive().items() if count]
-    told["provenance"] = {"code": provenance.code_version(), **inputs, "generations": generations}
-    name = f"evolved_{method}_{objective}"
-    row = make_row(name, evaluation.known, individual.accuracy, unseen=table.unseen, **told)
-    _write(table, task, flow, [individual, first, row])
+    with table.claimed():
+        refuse_existing(folder / "merged", overwrite=True)  # before hours of search
+        individual, first = table.run([INDIVIDUAL, start])
+        task = _Opened(table, start, lent, scored)
+        genome = Genome(1 + len(lent), task.count, repeats, scales)
+        asked = {"start": start, "donors": lent, "objective": objective, "repeats": repeats, "scales": scales}
+        asked |= {"sigma": sigma, "method": method, "seed": seed, "population": population}
+        inputs = {
+            "weights": table.models.digests,
+            "data": table.data.fingerprint(labelled=scored.needs_labels),
+            "config": asked,
+        }
+        judged = {name: digest for name, digest in inputs["data"].items() if not name.endswith(" test")}
+        options: dict[str, Any] = {"method": method, "population": population, "sigma": sigma, "seed": seed}
+        options |= {"state": folder / "search.pt", "inputs": [inputs["weights"], judged, asked, table.text]}
+        found = search(task.fitness(), task.blocks, genome, generations, **options)
+        flow, notes, details = task.selected(found)
+        evaluation = table.models.accuracy(lambda _: task.weights, backbone=FlowBackbone(task.backbone, flow))
+        told: dict[str, Any] = {"unknown": evaluation.unknown, "notes": notes, "details": details}
+        told["transductive"] = [name for name, count in table.data.transductive().items() if count]
+        told["provenance"] = {"code": provenance.code_version(), **inputs, "generations": generations}
+        name = f"evolved_{method}_{objective}"
+        row = make_row(name, evaluation.known, individual.accuracy, unseen=table.unseen, **told)
+        _write(table, task, flow, [individual, first, row])
     return 0
 
 

@@ -21,6 +21,7 @@ from adamerge.commands.classifiers import Classifiers
 from adamerge.commands.sources import Sources
 from adamerge.errors import InputError, nearest
 from adamerge.models.fisher import FisherMode
+from adamerge.ownership import protect
 from adamerge.progress import duration, print_line
 from adamerge.static import EDITS, METHODS, Method, expert_tensors, merged_tensors
 from adamerge.static import edit as edit_vectors
@@ -99,7 +100,7 @@ def merge(
     """
     began, target, row = time.monotonic(), Path(out), _row(method)
     sources = Sources.find(base, experts)
-    sources.protect_from(target)
+    protect(target, sources.paths)
     more_of_opening: dict[str, bool] = {"merge_classifier": merge_classifier, "force": force}
     vectors = given = sources.open(allow_missing or (), exclude or (), **more_of_opening)
     refuse_existing(target, overwrite=overwrite)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 
-from adamerge.atomic import atomic_file, refuse_existing
+from adamerge.atomic import atomic_file, exclusive, refuse_existing
 from adamerge.data.datasets import CORRUPT_CEILING, Chunk, ImageStream
 from adamerge.data.decoding import Preprocess
 from adamerge.data.streams import TextStream, open_stream
@@ -68,7 +68,7 @@ def predict(
         raise InputError(f"--out {out} does not end in .parquet.", "Predictions are written as parquet.")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}.", "Use 1 or more.")
-    refuse_existing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite, inputs={"the model": model, "the data": data})
     mixture = load(model).to(_device(device))
     modality = mixture.backbone.modality
     preprocess = preprocessing_of(mixture.backbone, max_length)[0]
@@ -106,7 +106,7 @@ def _write(
     experts = () if mixture.routing is None else mixture.vectors.tasks
     schema = _schema(experts, inputs.names if isinstance(inputs, TextStream) else ("path",))
     problems: list[str] = []
-    with atomic_file(target) as file, parquet.ParquetWriter(file, schema) as writer:
+    with exclusive(target), atomic_file(target) as file, parquet.ParquetWriter(file, schema) as writer:
         for start, chunk in steps:
             found = _predictions(mixture, chunk, task, start)
             columns = _columns(chunk, found, start, experts)

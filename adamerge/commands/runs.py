@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adamerge import provenance
+from adamerge import ownership, provenance
+from adamerge.atomic import atomic_file
 from adamerge.benchmarks import Benchmark, configs, copy_folder
 from adamerge.checkpoints import loading_code, open_checkpoint
 from adamerge.data.module import LABELS, MultiTaskData
@@ -20,7 +21,7 @@ from adamerge.errors import InputError, NumericError
 from adamerge.fitting import model_settings, run, shared_file, weight_digests
 from adamerge.models import open_backbone, open_heads
 from adamerge.progress import console, duration, print_line
-from adamerge.results import outcome, read_row
+from adamerge.results import ResultRow, outcome, read_row
 
 DEMO_METHODS = (
     "zero_shot",
@@ -44,12 +45,27 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
         overwrite: Begin anew instead of continuing what an earlier demo began.
     """
     folder, began = Path(out), time.monotonic()
-    if overwrite and (folder / "methods").is_dir():
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()) and not (folder / "methods").is_dir():
+    if not ownership.is_empty(folder) and ownership.kind_of(folder) != "table":
         raise InputError(
             f"{folder} is not empty and holds no demo.", "Choose another folder: adamerge demo --out DIR"
         )
+    with ownership.claimed(folder, "table"):
+        if overwrite and not ownership.is_empty(folder):
+            ownership.require_ours(folder)
+            with ownership.claimed(folder / ownership.NEW, "table", lock=False):
+                rows = _fill(folder / ownership.NEW)
+            ownership.promote(folder)
+        else:
+            rows = _fill(folder)
+    print_line(
+        f"{_SHOWN}: {outcome(rows[DEMO_METHODS.index(_SHOWN)])}; {duration(time.monotonic() - began)}. "
+        f"Table, pictures and the merged model: {folder}. Load it: {loading_code(folder / 'merged')}"
+    )
+    return 0
+
+
+def _fill(folder: Path) -> list[ResultRow]:
+    """Compute the demo's rows; those that an interrupted demo finished are read."""
     benchmark = Benchmark(configs() / "benchmarks" / "embedded.yaml", folder)
     shown = benchmark.folder(_SHOWN)
     logger = [
@@ -60,14 +76,11 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
     ]
     rows = benchmark.run(DEMO_METHODS, {_SHOWN: logger})
     for name in ("coefficients.png", "coefficients.csv", "curves.png", "curves.csv"):
-        shutil.copyfile(shown / name, folder / name)
+        with atomic_file(folder / name) as file:
+            shutil.copyfile(shown / name, file)
     copy_folder(shown / "merged", folder / "merged")
     benchmark.write(rows, "adamerge demo: top-1 accuracy, %")
-    print_line(
-        f"{_SHOWN}: {outcome(rows[DEMO_METHODS.index(_SHOWN)])}; {duration(time.monotonic() - began)}. "
-        f"Table, pictures and the merged model: {folder}. Load it: {loading_code(folder / 'merged')}"
-    )
-    return 0
+    return rows
 
 
 def verify(folder: str) -> int:

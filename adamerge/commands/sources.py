@@ -75,22 +75,6 @@ class Sources:
         """Paths of the experts."""
         return {role: path for role, path in self.paths.items() if role != "base"}
 
-    def protect_from(self, target: Path) -> None:
-        """Refuse an output that would replace an input, or a folder that holds no model.
-
-        Raises:
-            InputError: What the output would destroy.
-        """
-        out = target.resolve()
-        for role, path in self.paths.items():
-            source = path.resolve()
-            if out == source or out in source.parents or source in out.parents:
-                raise InputError(
-                    f"the output {target} would replace {role} ({path}).", "Choose another path."
-                )
-        if target.is_dir() and any(target.iterdir()) and not any(target.glob("*.safetensors")):
-            raise InputError(f"{target} is not empty and holds no model.", "Choose another path.")
-
     def open(
         self,
         allow_missing: Sequence[str],

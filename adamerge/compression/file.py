@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.atomic import atomic_file, refuse_existing
+from adamerge.atomic import atomic_file, exclusive, refuse_existing
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.checkpoints.header import make_header
 from adamerge.compression.golomb import decode, encode
@@ -116,7 +116,7 @@ def save_compressed(
     """
     out, header = Path(out), Header(recipe=recipe, aliases=dict(aliases or {}))
     refuse_existing(out, overwrite=overwrite)
-    with ThreadPoolExecutor(1) as hashing, atomic_file(out) as file:
+    with exclusive(out), ThreadPoolExecutor(1) as hashing, atomic_file(out) as file:
         base_digest = hashing.submit(digest, base)
         streams = file.with_name(STREAMS)
         with streams.open("wb") as sink:

@@ -9,14 +9,17 @@ from adamerge.fitting.composing import (
     shared_model,
     weight_digests,
 )
+from adamerge.fitting.placing import LAST, pending
 from adamerge.fitting.running import RunCLI, run
 
 __all__ = [
+    "LAST",
     "RunCLI",
     "class_names",
     "merge_task",
     "model_settings",
     "open_vectors",
+    "pending",
     "run",
     "shared_file",
     "shared_model",

@@ -2,12 +2,11 @@
 
 import json
 import logging
-import os
-import shutil
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import yaml
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from adamerge import callbacks, provenance
-from adamerge.atomic import write_text
+from adamerge import callbacks, ownership, provenance
+from adamerge.atomic import refuse_existing, write_text
 from adamerge.checkpoints import loading_code, locate
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, InputError
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
+from adamerge.fitting import placing
 from adamerge.fitting.composing import class_names, merge_task, model_settings
 from adamerge.mixture import latency, stored
 from adamerge.plots import write_routing
@@ -76,8 +76,8 @@ _CLASS_NAMES = (
 class RunCLI(LightningCLI):
     """One run: its parser, its folder, its callbacks and what it leaves behind."""
 
-    def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
-        self._command, self._began = command, time.monotonic()
+    def __init__(self, command: str, claims: ExitStack, *args: Any, **kwargs: Any) -> None:
+        self._command, self._claims, self._began = command, claims, time.monotonic()
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]  no static one can know
@@ -133,10 +133,19 @@ class RunCLI(LightningCLI):
         """The resolved configuration of the subcommand."""
         return self.config[str(self.subcommand)]
 
-    @cached_property
+    @property
     def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.settings.run_dir)
+        """Where the run writes."""
+        return self._place.folder
+
+    @cached_property
+    def _place(self) -> placing.Place:
+        settings, run = self.settings, Path(self.settings.run_dir)
+        if self.subcommand != "fit":
+            return placing.Place(run, run, is_resuming=True)
+        config = yaml.safe_load(self._resolved)
+        asked = placing.Asked(run, settings.overwrite, settings.ckpt_path, config, _sources_of(config))
+        return placing.claim_run(asked, self._claims)
 
     def before_instantiate_classes(self) -> None:
         """Look at what can be wrong before any work."""
@@ -148,7 +157,7 @@ class RunCLI(LightningCLI):
         if path not in (None, "last") and not Path(path).exists():
             raise InputError(f"checkpoint {path} does not exist.", "Use --ckpt_path last, or a file's path.")
         if self.subcommand == "fit":
-            self._claim_folder()
+            self._enter_folder()
             return
         if path == "last":
             self.settings.ckpt_path = str(self._last_checkpoint())
@@ -184,8 +193,7 @@ class RunCLI(LightningCLI):
         self.datamodule.use_heads(self.model.heads)
         inputs = self._inputs()
         path = self.folder / provenance.INPUTS
-        self._clear_old_run()
-        if self._is_resuming() and path.exists() and not self.settings.resume_anyway:
+        if self._place.is_resuming and path.exists() and not self.settings.resume_anyway:
             provenance.require_same_inputs(provenance.read_inputs(self.folder), inputs)
         if self.trainer.is_global_zero:
             write_text(self.folder / "config.yaml", self._resolved)
@@ -212,12 +220,14 @@ class RunCLI(LightningCLI):
                 write_routing(self.folder, *(row.details[part] for part in ("experts", "routing", "entropy")))
             write_text(self.folder / "merged" / "README.md", self._card(row))
             provenance.write_manifest(self.folder)
-            print_table([row], str(self.folder))
             self._log(row)
+            placing.complete(self._place)
+            run = self._place.run
+            print_table([row], str(run))
             print_line(
                 f"{self.settings.method}: {outcome(row)}; {self.trainer.global_step} steps, "
-                f"{duration(time.monotonic() - self._began)}. Files: {self.folder}. "
-                f"Load it: {loading_code(self.folder / 'merged')}"
+                f"{duration(time.monotonic() - self._began)}. Files: {run}. "
+                f"Load it: {loading_code(run / 'merged')}"
             )
 
     def after_validate(self) -> None:
@@ -235,7 +245,12 @@ class RunCLI(LightningCLI):
         loaders = [found] if len(self.datamodule.tasks) == 1 else found  # Lightning flattens one loader
         batches = [batch for loader in loaders for batch in loader]
         path = self.folder / "predictions.csv"
-        write_predictions(path, batches, {t: self.datamodule.class_names(t) for t in self.datamodule.tasks})
+        classes = {task: self.datamodule.class_names(task) for task in self.datamodule.tasks}
+        is_run = ownership.kind_of(self.folder) == "run"
+        if not is_run:
+            refuse_existing(path, overwrite=False)
+        with ownership.claimed(self.folder, "run", lock=False) if is_run else nullcontext():
+            write_predictions(path, batches, classes)
         console.print(f"Predictions are in {path}.")
 
     def result(self) -> ResultRow:
@@ -302,23 +317,17 @@ class RunCLI(LightningCLI):
                     logger.log_picture("routing/map", str(self.folder / "routing.png"))
                 logger.close()
 
-    def _claim_folder(self) -> None:
-        """Refuse to mix two runs, or a run and anything else, in one folder."""
-        is_run = (self.folder / provenance.INPUTS).exists()
-        if not _is_first_process() or not self.folder.exists() or not any(self.folder.iterdir()):
-            return
-        if not is_run and not (self.folder / "checkpoints").is_dir():
-            raise InputError(f"{self.folder} is not empty and holds no run.", "Choose another --run_dir.")
-        if not self._is_resuming() and not self.settings.overwrite:
-            raise InputError(
-                f"{self.folder} holds a run already.",
-                "Resume it with --ckpt_path last, replace it with --overwrite true, or choose --run_dir.",
-            )
-
-    def _clear_old_run(self) -> None:
-        """Remove the run that this one replaces, now that all inputs were opened."""
-        if self.settings.overwrite and not self._is_resuming() and _is_first_process():
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def _enter_folder(self) -> None:
+        """Claim the folder; where the run is written beside an old one, so are its logs."""
+        has_last = (self.folder / placing.LAST).exists()
+        if not self._place.is_resuming or (self.settings.ckpt_path == "last" and not has_last):
+            self.settings.ckpt_path = None
+        if self._place.replaces:
+            loggers = self.settings.trainer.logger
+            for logger in loggers if isinstance(loggers, list) else [loggers]:
+                given = getattr(logger, "init_args", None)
+                if given is not None and given.get("save_dir") == self.settings.run_dir:
+                    given.save_dir = str(self.folder)
 
     def _last_checkpoint(self) -> Path:
         path = self.folder / "checkpoints" / "last.ckpt"
@@ -327,9 +336,6 @@ class RunCLI(LightningCLI):
                 f"{self.folder} has no checkpoint.", "Name the run: --run_dir RUN --ckpt_path last"
             )
         return path
-
-    def _is_resuming(self) -> bool:
-        return bool(self.settings.get("ckpt_path"))
 
     def _inputs(self) -> dict[str, Any]:
         return {
@@ -368,8 +374,14 @@ def _with_atomic_checkpoints(plugins: Any) -> list[Any]:
     return [*given, *([] if has_own else [callbacks.AtomicCheckpointIO()])]
 
 
-def _is_first_process() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def _sources_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Name all paths that a configuration reads, by role."""
+    model, tasks = config["model"], config["data"].get("tasks") or {}
+    found = {"the base": model["base"], "the shared model": model.get("shared")}
+    found |= {f"expert {name!r}": path for name, path in (model.get("experts") or {}).items()}
+    for name, row in tasks.items():
+        found |= {f"{part} of task {name!r}": row.get(part) for part in ("adapt", "test", "head")}
+    return {role: path for role, path in found.items() if isinstance(path, str)}
 
 
 def _with_recipe(args: Sequence[str]) -> list[str]:
@@ -401,27 +413,29 @@ def run(args: Sequence[str]) -> RunCLI:
 def _run_cli(args: Sequence[str]) -> RunCLI:
     """Run; the exit with which the trainer answers Ctrl-C is an interrupt again."""
     try:
-        return RunCLI(
-            args[0],
-            merge_task,
-            MultiTaskData,
-            save_config_callback=None,
-            seed_everything_default=0,
-            trainer_defaults={
-                "logger": False,
-                "max_epochs": -1,  # the stream has no end; steps count
-                "max_steps": 500,
-                "devices": 1,
-                "use_distributed_sampler": False,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-                "enable_progress_bar": False,
-            },
-            parser_kwargs={"exit_on_error": False},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=list(args),
-        )
+        with ExitStack() as claims:
+            return RunCLI(
+                args[0],
+                claims,
+                merge_task,
+                MultiTaskData,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults={
+                    "logger": False,
+                    "max_epochs": -1,  # the stream has no end; steps count
+                    "max_steps": 500,
+                    "devices": 1,
+                    "use_distributed_sampler": False,
+                    "num_sanity_val_steps": 0,
+                    "enable_model_summary": False,
+                    "enable_progress_bar": False,
+                },
+                parser_kwargs={"exit_on_error": False},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=list(args),
+            )
     except SystemExit as leaving:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise leaving.__context__ from None
