@@ -51,21 +51,23 @@ def atomic_file(target: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, is_cache: bool = False) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes ``target``, with a list of its files, at the block's end.
 
     Args:
         target: The folder to make.
         overwrite: Replace an old one, if adamerge wrote all that it holds.
+        is_cache: The folder is ours by its place, and several processes may write the same at once.
 
     Raises:
         InputError: ``target`` exists and ``overwrite`` is false, holds files of somebody else, or is being
             written by another process.
         EnvironmentProblem: The disk is full or the folder cannot be written.
     """
-    refuse_existing(target, overwrite=overwrite)
+    if not is_cache:
+        refuse_existing(target, overwrite=overwrite)
     ownership.note(target, is_folder=True)
-    with exclusive(target):
+    with contextlib.nullcontext() if is_cache else exclusive(target):
         temporary = _fresh_temporary(target)
         try:
             with _named_disk_errors(target), cleaning(lambda: _remove(temporary)):
@@ -75,7 +77,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 for path in temporary.rglob("*"):
                     _share(path)
                 _share(temporary)
-                refuse_existing(target, overwrite=overwrite)  # as it is now
+                if not is_cache:
+                    refuse_existing(target, overwrite=overwrite)  # as it is now
                 _swap(temporary, target)
         finally:
             _remove(temporary)

@@ -40,7 +40,7 @@ def with_safetensors(folder: Path, role: str) -> Path:
         warnings.warn(message, AdamergeWarning, stacklevel=2)
         with open_pickled(source) as found:
             tensors = read_all(tensors_in(choose(found)[0]), source)
-        with atomic_folder(target, overwrite=True) as made:
+        with atomic_folder(target, overwrite=True, is_cache=True) as made:
             for place, path in files.items():
                 if path != source:
                     (made / place).parent.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def _linked(configuration: str, weights: Path) -> Path:
     target = cache_folder() / "open_clip" / key
     if not _is_whole(target, configuration, weights):
         warn_of_damage(target / CONFIG)
-        with atomic_folder(target, overwrite=True) as folder:
+        with atomic_folder(target, overwrite=True, is_cache=True) as folder:
             (folder / CONFIG).write_text(configuration + "\n", encoding="utf-8")
             (folder / WEIGHTS).symlink_to(weights)
     return target
