@@ -73,7 +73,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False, is_cache: bool = Fal
             with _named_disk_errors(target), cleaning(lambda: _remove(temporary)):
                 temporary.mkdir()
                 yield temporary
-                ownership.list_folder(temporary)
+                if not is_cache:
+                    ownership.list_folder(temporary)
                 for path in temporary.rglob("*"):
                     _share(path)
                 _share(temporary)
@@ -112,15 +113,14 @@ def refuse_existing(target: Path, *, overwrite: bool, inputs: Mapping[str, str |
         inputs: What is read, by its role: no output may take its place.
     """
     _restore(target)
-    ownership.protect(target, inputs or {})
-    if not target.exists():
-        return
-    if not overwrite:
+    if target.exists() and not overwrite:
         raise InputError(
             f"output {target} exists already.",
             "Choose another path, or pass overwrite=True (--overwrite) to replace it.",
         )
-    ownership.require_ours(target)
+    ownership.protect(target, inputs or {})
+    if target.exists():
+        ownership.require_ours(target)
 
 
 def require_free_space(folder: Path, n_bytes: int) -> None:

@@ -51,6 +51,7 @@ def save(
     """
     _require_same_tensors(state, open_checkpoint(like, role="like"))
     options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "card": card, "companions": companions}
+    options |= {"metadata": {"adamerge": adamerge.__version__}}  # by which a file is ours to replace
     return save_stream(state.items(), out, like=like, **options)
 
 
@@ -92,9 +93,8 @@ def save_stream(
     n_bytes = sum(info.n_bytes for info in infos.values())
     require_free_space(out.parent, n_bytes)
     if layout.root.is_file():
-        mark = {"adamerge": json.dumps({"version": adamerge.__version__})}  # it may be replaced
         with exclusive(out), atomic_file(out) as file:
-            _Shards(layout, infos, {layout.root: file}, mark | dict(metadata or {})).fill(tensors)
+            _Shards(layout, infos, {layout.root: file}, metadata).fill(tensors)
         return out
     with atomic_folder(out, overwrite=overwrite) as folder:
         copy_companions(layout.root, folder, dtype)

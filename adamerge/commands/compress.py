@@ -104,7 +104,9 @@ def decompress(
     sizes = [math.prod(state.info(name).shape) for name in state]
     asked = None if dtype is None else getattr(torch, dtype)
     tensors = track(state.items(), "Decompressing", sizes)
-    written = save_stream(tensors, out, like=layout, dtype=asked, overwrite=overwrite)
+    written = save_stream(
+        tensors, out, like=layout, dtype=asked, overwrite=overwrite, metadata={"adamerge": "decompressed"}
+    )
     console.print(f"{file}: {len(state.header.streams)} of {len(state)} tensors differ from the base.")
     console.print(f"The checkpoint is {written}.")
     return 0

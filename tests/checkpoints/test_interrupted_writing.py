@@ -20,6 +20,7 @@ from torch import Tensor
 from adamerge.checkpoints import save, save_stream, writing
 from adamerge.checkpoints.reading import INDEX
 from adamerge.errors import EnvironmentProblem
+from adamerge.ownership import LIST
 
 SHARDS = {
     name: shard
@@ -57,7 +58,7 @@ def write_again_and_again(out: Path, like: Path) -> None:
 
 def version_of(out: Path) -> int:
     """Give the one value that all of an output has."""
-    assert sorted(os.listdir(out)) == ["README.md", INDEX, "one.safetensors", "two.safetensors"]
+    assert sorted(os.listdir(out)) == [LIST, "README.md", INDEX, "one.safetensors", "two.safetensors"]
     assert json.loads((out / INDEX).read_text())["weight_map"] == SHARDS
     tensors = {name: t for shard in set(SHARDS.values()) for name, t in load_file(out / shard).items()}
     assert set(tensors) == set(SHARDS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from adamerge.checkpoints import open_checkpoint, save, save_stream, save_tensors
 from adamerge.checkpoints.reading import INDEX
 from adamerge.errors import InputError, NumericError
+from adamerge.ownership import LIST
 
 
 def state() -> dict[str, Tensor]:
@@ -40,7 +41,8 @@ def out(tmp_path: Path) -> Path:
 
 
 def entries(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder))
+    """Give the names of a model's files; every folder has the list of them beside."""
+    return sorted(set(os.listdir(folder)) - {LIST})
 
 
 def test_a_folder_keeps_shards_dtypes_and_companions(like: Path, out: Path) -> None:

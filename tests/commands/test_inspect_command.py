@@ -10,6 +10,7 @@ from conftest import TASKS
 from safetensors.torch import load_file, save_file
 
 from adamerge.cli import main
+from adamerge.ownership import LIST
 
 
 def arguments(clip: Path, **more: Path) -> list[str]:
@@ -77,7 +78,7 @@ def test_a_folder_gets_the_report_and_pictures(
     assert main([*arguments(clip, diverged=diverged), "--json", "--out", str(out)]) == 2
     assert (out / "inspect.json").read_text() == capsys.readouterr().out
     pictures = {"norms.png", "cosine.png", "sign_conflict.png", "effective_rank.png"}
-    assert {path.name for path in out.iterdir()} == pictures | {"inspect.json", "inspect.md"}
+    assert {path.name for path in out.iterdir()} == pictures | {"inspect.json", "inspect.md", LIST}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert all(f"({name})" in (out / "inspect.md").read_text() for name in pictures)
 

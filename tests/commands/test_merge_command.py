@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import adamerge
 from adamerge.cli import main
+from adamerge.ownership import LIST
 from adamerge.static import METHODS
 
 
@@ -93,7 +94,7 @@ class TestOutput:
         experts = [f"--experts={name}={llama / name}" for name in ("poet", "clerk")]
         given = ["--base", str(llama / "base"), *experts, "--scale", "1", "--dtype", "bfloat16"]
         assert main(["merge", "task_arithmetic", *given, "--out", str(out)]) == 0
-        names = {path.name for path in (llama / "base").iterdir()} | {"README.md"}
+        names = {path.name for path in (llama / "base").iterdir()} | {"README.md", LIST}
         assert {path.name for path in out.iterdir()} == names
         assert sum(name.endswith(".safetensors") for name in names) >= 3
         model, report = transformers.AutoModelForCausalLM.from_pretrained(

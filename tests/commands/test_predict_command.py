@@ -242,8 +242,12 @@ def test_an_output_is_replaced_only_when_asked(static: Path, folder: Path, out: 
     out.write_text("mine")
     assert predict(static, folder, out) == 2
     assert out.read_text() == "mine"
-    assert predict(static, folder, out, "--overwrite") == 0
-    assert len(rows_of(out)["class"]) == 5
+    assert predict(static, folder, out, "--overwrite") == 2  # nobody but its writer can replace that
+    assert out.read_text() == "mine"
+    out.unlink()
+    for more in ((), ("--overwrite",)):
+        assert predict(static, folder, out, *more) == 0
+        assert len(rows_of(out)["class"]) == 5
 
 
 def test_an_oracle_must_be_told_the_task(

@@ -29,6 +29,7 @@ from adamerge.coefficients import Router
 from adamerge.errors import DataError, EnvironmentProblem, InputError
 from adamerge.mixture import Mixture, Predictions, folder, load, save_mixture, stored, write_companions
 from adamerge.models import ModuleBackbone
+from adamerge.ownership import LIST
 from adamerge.vectors import TaskVectors
 
 FILES = {"adamerge.json", "model.safetensors", "open_clip_config.json"}
@@ -168,7 +169,7 @@ class TestFolder:
     ) -> None:
         out = tmp_path / "model"
         save_mixture(make_mixture(clip, Router("paper")), out, like=base, card="# A card")
-        assert set(os.listdir(out)) == FILES | {"README.md"}
+        assert set(os.listdir(out)) == FILES | {"README.md", LIST}
         assert (out / "README.md").read_text() == "# A card"
         for name in ("adamerge.json", "open_clip_config.json"):
             json.loads((out / name).read_text())
