@@ -133,8 +133,10 @@ def test_features_of_another_batch_size_thread_count_or_device_are_others(clip: 
     backbone = make_task(clip).backbone
     images = data.adaptation(TASKS[0])
     found = [facts_of(vectors, TASKS[0], backbone, images, **HOW)]
-    for change in ({"eval_batch_size": 3}, {"device": torch.device("meta")}):
-        found.append(facts_of(vectors, TASKS[0], backbone, images, **(HOW | change)))
+    found += [
+        facts_of(vectors, TASKS[0], backbone, images, **(HOW | change))
+        for change in ({"eval_batch_size": 3}, {"device": torch.device("meta")})
+    ]
     torch.set_num_threads(2)
     try:
         found.append(facts_of(vectors, TASKS[0], backbone, images, **HOW))
