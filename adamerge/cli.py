@@ -18,6 +18,7 @@ _COMMANDS = {
     "test": "accuracy on labelled test images (--ckpt_path last)",
     "predict": "class and probability of each image: --model FOLDER --data IMAGES --out FILE.parquet",
     "merge": "merge checkpoints by a static method: adamerge merge METHOD --base B --experts name=path ...",
+    "export": "write a merged classifier as a plain checkpoint: adamerge export RUN --task NAME --out DIR",
     "inspect": "look at base and experts before merging: --base B --experts name=path ...",
     "compress": "store an expert as a ternary task vector: --base B --expert PATH --out FILE",
     "decompress": "give the checkpoint of a compressed expert: --base B --file FILE --out DIR",

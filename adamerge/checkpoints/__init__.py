@@ -10,7 +10,7 @@ from adamerge.checkpoints.loading import loading_code
 from adamerge.checkpoints.modules import read_modules, transformer_folder
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader
-from adamerge.checkpoints.writing import save, save_stream, save_tensors
+from adamerge.checkpoints.writing import save, save_stream, save_tensors, write_weights
 
 __all__ = [
     "Adapter",
@@ -32,4 +32,5 @@ __all__ = [
     "save_stream",
     "save_tensors",
     "transformer_folder",
+    "write_weights",
 ]

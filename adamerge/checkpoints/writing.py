@@ -118,6 +118,15 @@ def save_tensors(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str
         save_file(contiguous, file, metadata=dict(metadata or {}))
 
 
+def write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a model's tensors into a new safetensors file, one at a time, each in its own dtype."""
+    infos = {name: info(tensors, name) for name in tensors}
+    header, offsets = make_header(infos, {"format": "pt"})
+    file.write_bytes(header)
+    for name, tensor in tensors.items():
+        _write_at(file, offsets[name], _cast(name, tensor, tensor.dtype))
+
+
 class _Shards:
     """Safetensors files whose headers stand, and whose tensors come in any order.
 

@@ -1,6 +1,7 @@
 """Models with another mixture of experts for every input: shared weights, experts, a router, heads."""
 
 from adamerge.mixture.costs import latency, stored
+from adamerge.mixture.exporting import export_classifier
 from adamerge.mixture.folder import load, save_mixture, write_companions
 from adamerge.mixture.gates import Gates
 from adamerge.mixture.model import Mixture, Predictions
@@ -12,6 +13,7 @@ __all__ = [
     "Mixture",
     "Predictions",
     "RouterStep",
+    "export_classifier",
     "joined_images",
     "latency",
     "load",

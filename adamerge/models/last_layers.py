@@ -107,17 +107,25 @@ def labelled_tensors(folder: Path, names: Collection[str]) -> tuple[str, ...]:
         folder: The model folder.
         names: Names of its tensors; a prefix may stand before the library's own.
     """
-    settings = read_settings(folder / "config.json")
-    if isinstance(settings.get("architecture"), str):
-        rows = _timm_rows(folder)
-    else:
-        rows = _transformers_rows(json.dumps(_relevant(settings), sort_keys=True))
+    rows = library_rows(folder)
     if rows is None:  # of a model that the library does not know
         return tuple(name for name in names if _USUAL.fullmatch(name))
     exact = [own for own in rows if own in names]
     shorter = [own.partition(".")[2] for own in rows if own.partition(".")[2] in names]
     longer = [name for name in names if any(name.endswith(f".{own}") for own in rows)]
     return tuple(exact or _of_one_prefix(longer, rows, names) or shorter)
+
+
+def library_rows(folder: Path) -> tuple[str, ...] | None:
+    """Return the library's own names of a model's tensors whose rows are classes.
+
+    Returns:
+        The names; None where the configuration says that there are some, and no library can build it.
+    """
+    settings = read_settings(folder / "config.json")
+    if isinstance(settings.get("architecture"), str):
+        return _timm_rows(folder)
+    return _transformers_rows(json.dumps(_relevant(settings), sort_keys=True))
 
 
 def _of_one_prefix(longer: Sequence[str], rows: Collection[str], names: Collection[str]) -> list[str]:
