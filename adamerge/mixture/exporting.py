@@ -174,9 +174,7 @@ def _write_timm(made: Path, source: Path, backbone: Any, head: Head, names: list
     write_weights(tensors, made / _WEIGHTS)
 
 
-def _last_layer(
-    backbone: ClassifierBackbone, head: Head, library_names: Collection[str]
-) -> dict[str, Tensor]:
+def _last_layer(backbone: ClassifierBackbone, head: Head, rows: Collection[str]) -> dict[str, Tensor]:
     """Return the head under the library's names of its last layer."""
     weight, bias = backbone.classifier_names
     if bias in rows:
