@@ -71,6 +71,11 @@ def is_whole(folder: Path, note: Path) -> bool:
         return False
 
 
+def file_digest(file: Path) -> str:
+    """Hash a file's bytes, whatever is remembered, and remember nothing."""
+    return _digest(file).hex()
+
+
 def _digest(file: Path) -> bytes:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()

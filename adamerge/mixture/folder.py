@@ -14,7 +14,15 @@ from adamerge.checkpoints import copy_companions, local_path, open_checkpoint, s
 from adamerge.coefficients import Routing
 from adamerge.dataflow import Flow, FlowBackbone
 from adamerge.dataflow.flow import FOREIGN
-from adamerge.errors import InputError, shortlist
+from adamerge.errors import AdamergeError, InputError, shortlist
+from adamerge.mixture.checking import (
+    Misfit,
+    require_digests,
+    require_no_strange_tensors,
+    require_structure,
+    require_whole,
+    seal,
+)
 from adamerge.mixture.model import Mixture
 from adamerge.models import Backbone, Head, ModuleBackbone, Residual, open_backbone
 from adamerge.models.heads import LAYERS
@@ -76,7 +84,7 @@ def save_mixture(
         if like is not None:
             copy_companions(Path(like), folder)
         save_tensors(tensors, folder / WEIGHTS)
-        _write_document(folder, document)
+        _write_document(folder, seal(document, folder))
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
     return out
@@ -90,13 +98,15 @@ def write_companions(
 ) -> None:
     """Write beside a static model's own checkpoint what `load` needs of its tasks: heads and class names."""
     save_tensors(_head_tensors(heads), folder / HEADS)
-    _write_document(folder, _header(heads, classes, provenance) | {"kind": "checkpoint"})
+    document = _header(heads, classes, provenance) | {"kind": "checkpoint"}
+    _write_document(folder, seal(document, folder))
 
 
 def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
     """Load a model that adamerge saved, static or routed, for inference.
 
-    No code of the folder runs: weights are safetensors, the rest is JSON.
+    No code of the folder runs: weights are safetensors, the rest is JSON. The folder is checked whole first:
+    names, shapes, dtypes and digests of its files, and one input through all of it.
 
     Args:
         folder: The folder, or a hub id.
@@ -111,20 +121,28 @@ def load(folder: str | Path, backbone: Backbone | None = None) -> Mixture:
     path = local_path(folder, "model")
     document = _document(path)
     try:
+        require_structure(document)
         if document["kind"] == "checkpoint":
             mixture = _static(path, document, backbone or open_backbone(path, classifiers=_reads(document)))
         else:
             tensors = open_checkpoint(path / WEIGHTS, role="model")
+            require_no_strange_tensors(tensors, document)
             names = {name.removeprefix("shared/"): name for name in tensors if name.startswith("shared/")}
             names |= {alias: names[name] for alias, name in document["aliases"].items()}
             own = {name: file for name, file in names.items() if not name.startswith(FOREIGN)}
             backbone = backbone or open_backbone(path, tensors.renamed(own), classifiers=_reads(document))
             mixture = _mixture(tensors, document, _flowing(backbone, document))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        require_digests(document, path)
+        require_whole(mixture.eval(), path)
+    except AdamergeError:
+        raise
+    except Exception as error:  # whatever its parts make torch stumble over, the folder is what is wrong
+        kind = "" if isinstance(error, Misfit) else f"{type(error).__name__} "
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
         raise InputError(
-            f"{path} is damaged: {type(error).__name__} {error}.", "Copy it again, or save the model again."
+            f"{path} is damaged: {kind}{reason}.", "Copy it again, or save the model again."
         ) from error
-    return mixture.eval()
+    return mixture
 
 
 def _reads(document: Mapping[str, Any]) -> bool:
@@ -242,8 +260,9 @@ def _document(path: Path) -> dict[str, Any]:
             f"{path} holds no model of adamerge: it has no {DOCUMENT}.",
             "Give the model folder of a run of `adamerge fit` (RUN/merged).",
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / DOCUMENT} is damaged: {error}.", "Copy it again.") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path / DOCUMENT} is damaged: {reason}.", "Copy it again.") from error
     if is_newer:
         raise InputError(f"{path} was written by a newer adamerge (schema {version}).", "Update adamerge.")
     return document
@@ -271,8 +290,16 @@ def _heads(described: Mapping[str, Any], tensors: State, backbone: Backbone) -> 
         residual = Residual(own["down"], own["up"]) if "up" in own else None
         more = {"residual": residual, "layers": _layers(task, own, backbone)}
         names = options.get("names", {})
-        heads[task] = Head(own["weight"], own.get("bias"), options["normalize"], names=names, **more)
+        weight, bias = _as_float(own["weight"]), own.get("bias")
+        bias = None if bias is None else _as_float(bias)
+        heads[task] = Head(weight, bias, options["normalize"], names=names, **more)
     return heads
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"a head has dtype {tensor.dtype}")
+    return tensor.float()
 
 
 def _layers(task: str, own: Mapping[str, Tensor], backbone: Backbone) -> OwnLayers | None:

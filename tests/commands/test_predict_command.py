@@ -1,6 +1,7 @@
 """`adamerge predict --model FOLDER`: one row per image, equal to what the model says, nothing left out."""
 
 import io
+import json
 import shutil
 from collections.abc import Iterable
 from functools import partial
@@ -199,14 +200,16 @@ class TestDamage:
         self, static: Path, folder: Path, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         copy = Path(shutil.copytree(static, tmp_path / "copy"))
-        heads = load_file(copy / "heads.safetensors")
-        heads["heads/bars/weight"][0, 0] = float("nan")
-        save_file(heads, copy / "heads.safetensors")
+        weights = load_file(copy / "open_clip_model.safetensors")
+        weights["visual.proj"][0, 0] = float("nan")
+        save_file(weights, copy / "open_clip_model.safetensors")
+        assert predict(copy, folder, out, "--task", "bars") == 2  # not as written
+        document = json.loads((copy / "adamerge.json").read_text())
+        (copy / "adamerge.json").write_text(json.dumps(document | {"files": {}}))
         assert predict(copy, folder, out, "--task", "bars") == 4
         assert (
             "of images 0 to 4, the model gives probabilities that are not finite" in capsys.readouterr().err
         )
-        assert predict(copy, folder, out, "--task", "dots") == 0
 
 
 REFUSED = [

@@ -297,8 +297,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         change_document(lambda d: d.update(schema_version=4)),
         r"was written by a newer adamerge \(schema 4\).\nUpdate adamerge",
     ),
-    "no kind": (change_document(lambda d: d.pop("kind")), "is damaged: KeyError 'kind'"),
-    "no tasks": (change_document(lambda d: d.pop("tasks")), "is damaged: KeyError 'tasks'"),
+    "no kind": (change_document(lambda d: d.pop("kind")), "is damaged: kind is None"),
+    "no tasks": (change_document(lambda d: d.pop("tasks")), "is damaged: tasks are no list of names"),
     "an unknown routing": (
         change_document(lambda d: d["routing"].update(kind="Oracel")),
         "there is no routing 'Oracel'.\nUpdate adamerge",
