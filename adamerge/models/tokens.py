@@ -83,7 +83,7 @@ class Texts:
             facts |= {"sides": [tokenizer.padding_side, tokenizer.truncation_side], "lower": lower}
         self.key = json.dumps(facts | {"max_length": self.length, "truncation": True}, sort_keys=True)
 
-    def __call__(self, value: str | Sequence[str]) -> Int64[Tensor, "field token"]:
+    def __call__(self, value: Any) -> Int64[Tensor, "field token"]:
         """Tokenise one text, or a pair.
 
         Raises:
@@ -133,7 +133,8 @@ class Texts:
         return [part.lower() if self._lower else part for part in parts]
 
     def _checked(self, max_length: int) -> int:
-        least, most = self._tokenizer.num_special_tokens_to_add(pair=True) + 1, self._lengths.most
+        special = (self._tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+        least, most = max(special) + 1, self._lengths.most
         if max_length < least or (most is not None and max_length > most):
             known = f"{least} or more" if most is None else f"{least} to {most}"
             raise InputError(

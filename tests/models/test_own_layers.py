@@ -1,5 +1,6 @@
 """Bases without pooler or dense layer: what only experts have is part of their heads."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from adamerge import MergeTask, Router, Surgery, TaskSpec, load, save_mixture
+from adamerge.checkpoints import save
 from adamerge.errors import InputError
 from adamerge.fitting import merge_task, open_vectors
 from adamerge.mixture import write_companions
@@ -147,8 +149,6 @@ class TestRuns:
             save_mixture(mixture, tmp_path / "out", like=tmp_path / "base")
             expected = {task: mixture.logits(batch, task) for task in tasks}
         else:
-            from adamerge.checkpoints import save
-
             state = model.vectors.state(model.vectors.uniform(0.3))
             heads = model.heads
             save(state, tmp_path / "out", like=tmp_path / "base")
@@ -166,8 +166,6 @@ class TestRuns:
         self, tasks: dict[str, TaskSpec], tmp_path: Path
     ) -> None:
         model = merged_task(tmp_path, tasks)
-        from adamerge.checkpoints import save
-
         out = tmp_path / "out"
         save(model.vectors.state(model.vectors.uniform(0.3)), out, like=tmp_path / "base")
         write_companions(out, model.heads, {})
@@ -188,3 +186,73 @@ def test_gradients_reach_features_through_the_layers(tmp_path: Path) -> None:
     assert not gradient[[0, 1, 3, 4]].any()
     rows = torch.func.vmap(lambda row: head.logits(row[None])[0])(features.detach())
     assert_close(rows, head.logits(features.detach()), atol=1e-6, rtol=1e-6)
+
+
+class TestSentenceEncoderOfClassifiers:
+    """Classifiers, and LoRA, that were trained from a sentence-transformers folder."""
+
+    def write(self, folder: Path, inner: str) -> Any:
+        model = make_hf(texts("Bert"), auto="AutoModel")
+        write_hf(folder / inner, model)
+        modules = [
+            {"path": inner, "type": "sentence_transformers.models.Transformer"},
+            {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        return model
+
+    def classifier(self, encoder: Any, n_classes: int) -> Any:
+        model = make_hf(texts("Bert"), n_classes=n_classes, seed=1)
+        model.bert.load_state_dict(encoder.state_dict())
+        return model
+
+    @pytest.mark.parametrize("inner", ["", "0_Transformer"])
+    def test_a_classifier_alone_gives_the_librarys_logits(self, inner: str, tmp_path: Path) -> None:
+        model = self.classifier(self.write(tmp_path / "base", inner), 5)
+        with torch.no_grad():
+            model.bert.encoder.layer[0].output.dense.weight.add_(0.1)
+        write_hf(tmp_path / "x", model)
+        found = expert_logits(tmp_path / "base", tmp_path / "x", 5, SENTENCES)[1]
+        assert_close(found, logits(model, tmp_path / "x", SENTENCES), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+    @pytest.mark.parametrize("inner", ["", "0_Transformer"])
+    def test_so_does_lora(self, inner: str, tmp_path: Path) -> None:
+        model = self.classifier(self.write(tmp_path / "base", inner), 4)
+        merged = TestAdapters().adapter(tmp_path / "lora", model, ["query", "value"], "classifier")
+        found = expert_logits(tmp_path / "base", tmp_path / "lora", 4, SENTENCES)[1]
+        expected = logits(merged, tmp_path / "base" / inner, SENTENCES)
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def test_a_merged_folder_has_the_layout_and_is_loaded_with_the_same_features(
+        self, tmp_path: Path
+    ) -> None:
+        model = self.classifier(self.write(tmp_path / "base", "0_Transformer"), 3)
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight.add_(0.1)
+        write_hf(tmp_path / "x", model)
+        vectors, backbone = open_vectors(str(tmp_path / "base"), {"x": str(tmp_path / "x")}, force=True)
+        heads = open_heads(tmp_path / "base", specs(x=3), {"x": tmp_path / "x"})
+        state = vectors.state(vectors.one_hot("x"))
+        save(state, tmp_path / "out", like=tmp_path / "base")
+        write_companions(tmp_path / "out", heads, {})
+        assert (tmp_path / "out" / "0_Transformer" / "model.safetensors").is_file()
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        batch = torch.stack([backbone.preprocess(text) for text in SENTENCES])
+        expected = logits(model, tmp_path / "x", SENTENCES)
+        assert_close(load(tmp_path / "out").logits(batch, "x"), expected, atol=1e-5, rtol=1e-5)
+
+    def test_heads_of_both_kinds_are_refused(self, tmp_path: Path) -> None:
+        model = self.classifier(self.write(tmp_path / "base", ""), 3)
+        with torch.no_grad():
+            model.bert.embeddings.word_embeddings.weight.add_(0.1)
+        write_hf(tmp_path / "x", model)
+        save_file({"weight": torch.ones(3, 16)}, tmp_path / "head.safetensors")
+        tasks = {**specs(x=3), "y": TaskSpec("memory", head=str(tmp_path / "head.safetensors"))}
+        paths = {task: str(tmp_path / "x") for task in tasks}
+        with pytest.raises(InputError, match="'y' has a head file, .* and task 'x' the classifier of its"):
+            open_vectors(str(tmp_path / "base"), paths, force=True, tasks=tasks)
+        backbone = open_vectors(str(tmp_path / "base"), {"y": paths["y"]}, force=True, tasks=tasks)[1]
+        assert not [name for name in backbone.names if "pooler" in name]  # sentence vectors, as before
