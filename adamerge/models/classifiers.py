@@ -46,8 +46,9 @@ class ClassifierBackbone(ModuleBackbone):
         modality: str = "image",
         **options: Any,
     ) -> None:
-        super().__init__(_hollow(module), **options)
-        self.files, self.classifier, self.modality = dict(files), classifier, modality
+        super().__init__(hollow(module), **options)
+        self._hold(self.module, files)
+        self.classifier, self.modality = classifier, modality
         self.classifier_names = tuple(f"{classifier}.{leaf}" for leaf in ("weight", "bias") if classifier)
         self.unmerged = self.classifier_names
 
@@ -197,7 +198,7 @@ def tensor_names(module: nn.Module) -> list[str]:
     return [name for name, tensor in module.state_dict().items() if tensor.is_floating_point()]
 
 
-def _hollow(module: nn.Module) -> nn.Module:
+def hollow(module: nn.Module) -> nn.Module:
     """Take the values of all that files hold out of a module; constants of its code keep theirs."""
     stored = set(tensor_names(module))
     tensors: Any

@@ -74,12 +74,12 @@ class HFEncoder(ClassifierBackbone):
         sentences = is_sentence_encoder(path) and not classifiers
         base = names if isinstance(names, Mapping) else open_checkpoint(path, role="base")
         self.config, self.kind = _kind_of(path, sentences)
-        model, found, joined = _match(self.kind, self.config, base)
+        model, found, joined = match_names(self.kind, self.config, base)
         pooling = read_pooling(path) if sentences else None
         if pooling:
             model.pooler = None  # sentence vectors are made of the tokens' own
         classifier = "" if pooling else cut_classifier(model, path)
-        _require_whole([name for name in tensor_names(model) if name in joined], path)
+        require_whole([name for name in tensor_names(model) if name in joined], path)
         is_image = self.kind.__name__ == "AutoModelForImageClassification"
         upto, own_model = self._split(model, found, is_image=is_image) if classifier else (model, None)
         require_names(found, tensor_names(model), path)
@@ -110,7 +110,7 @@ class HFEncoder(ClassifierBackbone):
                 raise error
         if all(name in state for name in self.names):
             return state
-        found = _match(self.kind, self.config, state)[1]
+        found = match_names(self.kind, self.config, state)[1]
         theirs = {file: found[name] for name, file in self.modules.items() if name in found}
         theirs |= self.classifier_in(state)
         return state.renamed(theirs) if isinstance(state, Checkpoint) else Renamed(state, theirs)
@@ -130,7 +130,7 @@ class HFEncoder(ClassifierBackbone):
             names = {name: name for name in self.own_model.names if name in state}
         else:
             state = open_checkpoint(path, role=role)
-            names = _match(self.kind, self.config, state)[1]
+            names = match_names(self.kind, self.config, state)[1]
         lacking = [name for name in self.own_model.names if name not in names]
         if lacking:
             raise InputError(
@@ -270,7 +270,7 @@ def _names(kind: str) -> Mapping[str, str | tuple[str, ...]]:
     return getattr(modeling_auto, f"MODEL_FOR_{kind.upper()}_CLASSIFICATION_MAPPING_NAMES")
 
 
-def _match(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, str], set[str]]:
+def match_names(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, str], set[str]]:
     """Let transformers load numbers in place of tensors: where each arrives tells which tensor is which.
 
     Files of other versions have other names, prefixes come and go, and only the library knows them all.
@@ -302,7 +302,7 @@ def _name_of(name: str, tensor: Tensor, names: Sequence[str]) -> str | None:
     return names[number - 1] if number else name if name in names else None
 
 
-def _require_whole(joined: Collection[str], source: Path) -> None:
+def require_whole(joined: Collection[str], source: Path) -> None:
     """Check that each of a model's tensors is one of its file's.
 
     Raises:

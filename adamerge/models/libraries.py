@@ -73,7 +73,11 @@ def transformers_image_processor(folder: Path) -> Any:
 
 
 def transformers_class(kind: Any, config: Any) -> Any:
-    """Give the library's class that an auto class chooses for a configuration."""
+    """Return the class that an auto class of transformers chooses for a configuration, or a class itself."""
+    import transformers
+
+    if issubclass(kind, transformers.PreTrainedModel):
+        return kind
     with torch.device("meta"), _no_questions():
         return type(kind.from_config(config, trust_remote_code=False))
 

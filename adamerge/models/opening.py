@@ -13,6 +13,13 @@ from adamerge.models import open_clip
 from adamerge.models.base import ModuleBackbone
 from adamerge.models.heads import Head
 from adamerge.models.hf_clip import HfClipBackbone, hf_clip_activation, hf_clip_heads, is_hf_clip
+from adamerge.models.hf_dual import (
+    HFDualEncoder,
+    bring_classifiers,
+    heads_of,
+    is_hf_dual,
+    no_zero_shot_heads,
+)
 from adamerge.models.hf_encoder import HFEncoder, expects_classifiers, hf_encoder_heads, is_hf_encoder
 from adamerge.models.open_clip import OpenClipBackbone, is_open_clip, open_clip_activation, open_clip_heads
 from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
@@ -54,6 +61,10 @@ def _require_same_encoder(base: Path, experts: Paths) -> None:
     require_same_tokenizers(base, experts)
 
 
+def _of_classifiers(path: Path, names: Collection[str]) -> HFEncoder:
+    return HFEncoder(path, names, classifiers=True)
+
+
 FORMATS = (
     Format(
         "open_clip",
@@ -63,7 +74,15 @@ FORMATS = (
         open_clip_activation,
         open_clip.require_same_configuration,
     ),
-    Format("Hugging Face CLIP", is_hf_clip, HfClipBackbone, hf_clip_heads, hf_clip_activation),
+    Format(
+        "Hugging Face CLIP",
+        is_hf_clip,
+        HfClipBackbone,
+        heads_of(hf_clip_heads),
+        hf_clip_activation,
+        classifiers=_of_classifiers,
+        expects_classifiers=bring_classifiers,
+    ),
     Format(
         "timm",
         is_timm,
@@ -73,13 +92,21 @@ FORMATS = (
         normalize=False,
     ),
     Format(
+        "Hugging Face dual encoder",
+        is_hf_dual,
+        HFDualEncoder,
+        heads_of(no_zero_shot_heads),
+        classifiers=_of_classifiers,
+        expects_classifiers=bring_classifiers,
+    ),
+    Format(
         "Hugging Face classifier",
         is_hf_encoder,
         HFEncoder,
         hf_encoder_heads,
         compare=_require_same_encoder,
         normalize=False,
-        classifiers=lambda path, names: HFEncoder(path, names, classifiers=True),
+        classifiers=_of_classifiers,
         expects_classifiers=expects_classifiers,
     ),
 )
@@ -94,7 +121,7 @@ def open_backbone(
         source: The folder, a hub id, ``open_clip:ARCH/TAG``, ``open_clip:ARCH=FILE`` or ``embedded:NAME``.
         names: Names of the model's tensors; default: those of its weights.
         classifiers: Whether heads are experts' classifiers, where the folder can also make something else of
-            its encoder, as sentence-transformers folders do: see `reads_classifiers`.
+            its encoder, as sentence-transformers folders and dual encoders do: see `reads_classifiers`.
 
     Raises:
         InputError: No known format, code of the folder's own, or weights that lack what the configuration

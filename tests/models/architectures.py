@@ -133,6 +133,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
 }
 
+DUAL = """aimv2 aimv2_vision_model align altclip aya_vision blip blip-2 chinese_clip chinese_clip_vision_model
+    clipseg cohere2_vision flava groupvit metaclip_2 mlcd owlv2 owlvit siglip siglip_vision_model tipsv2
+    tipsv2_vision_model vision-text-dual-encoder"""
 PROCESSORS: dict[str, dict[str, Any]] = {
     "imagegpt": {"clusters": [[i % 8 / 4 - 1, i // 8 % 8 / 4 - 1, i // 64 / 4 - 1] for i in range(512)]},
     "siglip2": {"patch_size": 8, "max_num_patches": 16},
@@ -143,6 +146,12 @@ def kinds(modality: str) -> list[str]:
     """List the model types that transformers classifies images, or texts, with."""
     part = {"image": "IMAGE", "text": "SEQUENCE"}[modality]
     return sorted(getattr(modeling_auto, f"MODEL_FOR_{part}_CLASSIFICATION_MAPPING_NAMES"))
+
+
+def make_dual(kind: str) -> Any:
+    """Make a random dual encoder, or an image tower, in evaluation mode."""
+    torch.manual_seed(0)
+    return randomised(transformers.AutoModel.from_config(small_config(CONFIG_MAPPING[kind])))
 
 
 def small_config(family: Any, **more: Any) -> Any:
@@ -230,6 +239,13 @@ def library_inputs(folder: Path, values: list[Any]) -> Mapping[str, Tensor]:
         return tokens(values, return_tensors="pt", padding=True)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     return processor(values, return_tensors="pt")
+
+
+def image_features(model: Any, folder: Path, images: list[Any]) -> Tensor:
+    """Compute features of images as transformers does."""
+    with torch.no_grad():
+        output = getattr(model.eval(), "get_image_features", model)(**library_inputs(folder, images))
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 assert len(WORDS) <= SMALL["vocab_size"]

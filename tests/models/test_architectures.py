@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import examples, kinds, library_inputs, make_classifier, write_model
+from architectures import (
+    DUAL,
+    examples,
+    image_features,
+    kinds,
+    library_inputs,
+    make_classifier,
+    make_dual,
+    write_model,
+)
 from torch import Tensor
 
 from adamerge.checkpoints import open_checkpoint
@@ -36,15 +45,26 @@ REFUSED = dict.fromkeys(JOINED.split(), "transformers joins or splits the file's
     "imagegpt": "cannot prepare images",
     "siglip2": "does more than resize, crop, rescale and normalise",
     "swiftformer": "has 2 linear classifiers",
+    "align": "does more than resize, crop, rescale and normalise",
+    "owlv2": "does more than resize, crop, rescale and normalise",
+    "aya_vision": "gives \\[4, 32\\] for an image, no one vector",
+    "cohere2_vision": "gives \\[4, 32\\] for an image, no one vector",
+    "flava": "gives \\[17, 32\\] for an image, no one vector",
+    "tipsv2": "transformers joins or splits the file's tensors",
+    "tipsv2_vision_model": "transformers joins or splits the file's tensors",
 }
+DUAL_SAMPLE = "align altclip blip flava metaclip_2 siglip siglip_vision_model vision-text-dual-encoder"
 CONSTANT = "mobilevit mobilevitv2 mra"  # these tiny random ones score all inputs alike
 
 
 def every(modality: str) -> list[Any]:
-    """List the model types; those outside the sample are marked."""
-    own = SAMPLE[modality].split()
-    names = [kind for kind in kinds(modality) if kind not in WITHOUT_LIBRARY]
-    return [pytest.param(kind, marks=[] if kind in own else [pytest.mark.sweep]) for kind in names]
+    """List the model types that classify."""
+    return marked([kind for kind in kinds(modality) if kind not in WITHOUT_LIBRARY], SAMPLE[modality])
+
+
+def marked(names: list[str], sample: str) -> list[Any]:
+    """Mark the cases outside a sample."""
+    return [pytest.param(name, marks=[] if name in sample.split() else [pytest.mark.sweep]) for name in names]
 
 
 def library_logits(folder: Path, modality: str, values: list[Any]) -> Tensor:
@@ -99,3 +119,20 @@ def test_images_are_classified_as_by_transformers(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", every("text"))
 def test_texts_are_classified_as_by_transformers(kind: str, tmp_path: Path) -> None:
     check(kind, "text", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", marked(DUAL.split(), DUAL_SAMPLE))
+def test_features_of_dual_encoders_are_those_of_get_image_features(kind: str, tmp_path: Path) -> None:
+    model = make_dual(kind)
+    write_model(tmp_path, model, "image")
+    images = examples("image")
+    if kind in REFUSED:
+        with pytest.raises(InputError, match=REFUSED[kind]):
+            open_backbone(tmp_path)
+        return
+    backbone, state = open_backbone(tmp_path), open_checkpoint(tmp_path)
+    batch = torch.stack([backbone.preprocess(image) for image in images])
+    found = backbone.features({name: state[name] for name in backbone.names}, batch).detach()
+    assert_same(found, image_features(type(model).from_pretrained(tmp_path), tmp_path, images))
+    assert not [name for name in backbone.names if name.startswith("text_model")]
