@@ -58,7 +58,8 @@ class Models:
         """Evaluate one merged model, or one model per task where the method knows the task."""
         if method in METHODS or method == "zero_shot":
             weights = self.read(self.merged(method))
-            return self.accuracy(lambda _: weights)
+            heads = self.base_heads if method == "zero_shot" else self.heads
+            return self.accuracy(lambda _: weights, heads=heads)
         if method == INDIVIDUAL:
             hot = self.vectors.one_hot
             return self.accuracy(lambda task: self.read(self.vectors.state(hot(task))), told=True)
@@ -66,7 +67,12 @@ class Models:
         return self.accuracy(lambda task: self.read(dict(expert_tensors(edited, task))), told=True)
 
     def accuracy(
-        self, weights_of: Callable[[str], State], *, told: bool = False, backbone: Backbone | None = None
+        self,
+        weights_of: Callable[[str], State],
+        *,
+        told: bool = False,
+        backbone: Backbone | None = None,
+        heads: Mapping[str, Head] | None = None,
     ) -> Evaluation:
         """Evaluate a model, or one per task, on the test images.
 
@@ -74,6 +80,7 @@ class Models:
             weights_of: Gives, by task, all tensors that the backbone reads.
             told: Whether the weights tell the task; then only tasks that have an expert are evaluated.
             backbone: Another one, which reads the same images.
+            heads: Other heads than the tasks' own.
         """
         weights_of = lru_cache(maxsize=1)(weights_of)
         device = _device()
@@ -87,7 +94,7 @@ class Models:
 
         with_expert = [task for task in self.data.tested_tasks if task in self.experts]
         tasks = with_expert if told else None
-        return evaluate(features, self.heads, self.data, walk_test, told=told, tasks=tasks)
+        return evaluate(features, heads or self.heads, self.data, walk_test, told=told, tasks=tasks)
 
     def read(self, state: State) -> State:
         """Give what the backbone reads, in fp32, where it computes."""
@@ -110,6 +117,12 @@ class Models:
     def heads(self) -> dict[str, Head]:
         """Every task's head."""
         return open_heads(self.base, self.data.tasks, self.experts)
+
+    @cached_property
+    def base_heads(self) -> dict[str, Head]:
+        """Every task's head for the base by itself: of its own text tower, whatever experts have."""
+        own = {task: self.data.tasks[task] for task, head in self.heads.items() if head.own_tower}
+        return self.heads | (open_heads(self.base, own) if own else {})
 
     def merged(self, method: str) -> State:
         """Merge by a static method, or give the base ("zero_shot")."""

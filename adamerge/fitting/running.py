@@ -21,7 +21,7 @@ from adamerge import callbacks, ownership, provenance
 from adamerge.atomic import refuse_existing, write_text
 from adamerge.checkpoints import loading_code, locate
 from adamerge.data.module import MultiTaskData
-from adamerge.errors import AdamergeError, InputError
+from adamerge.errors import AdamergeError, InputError, shortlist
 from adamerge.evaluation import Evaluation
 from adamerge.explain import explain, refuse_repeated_keys
 from adamerge.fitting import placing
@@ -267,7 +267,11 @@ class RunCLI(LightningCLI):
             unknown=evaluation.unknown,
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
-            notes=[*([selector.verdict] if selector.verdict else []), *self._beyond_one_model()],
+            notes=[
+                *([selector.verdict] if selector.verdict else []),
+                *self._beyond_one_model(),
+                *self._notes_of_heads(),
+            ],
             details=self._start_details() | self._routing_details(evaluation) | self._agreement(),
             provenance=provenance.read_inputs(self.folder),
         )
@@ -356,6 +360,14 @@ class RunCLI(LightningCLI):
         for name in ("ckpt_path", "config", "overwrite", "resume_anyway"):
             config.pop(name, None)
         return self._parser(self.subcommand).dump(config, skip_none=False, skip_link_targets=True)
+
+    def _notes_of_heads(self) -> list[str]:
+        """Say which tasks' heads are made with text towers that are not among the merged weights."""
+        own = [task for task, head in self.model.heads.items() if head.own_tower]
+        told = (
+            f"heads of {shortlist(own)}: made with the experts' own text towers; the weights have the base's."
+        )
+        return [told[0].upper() + told[1:]] if own else []
 
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}

@@ -52,6 +52,7 @@ class Head:
         residual: The task's own correction of a merged model's features, or None.
         layers: The expert's own layers between features and ``weight``, or None.
         names: The expert's own names of the head's `tensors`, as its files have them, where it has files.
+        own_tower: Whether the expert's own text tower made it, not the base's.
         classes: What the file of the head calls its rows; empty where it does not say.
 
     Raises:
@@ -66,6 +67,7 @@ class Head:
     layers: OwnLayers | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    own_tower: bool = False
 
     def __post_init__(self) -> None:
         if self.classes and len(self.classes) != len(self.weight):

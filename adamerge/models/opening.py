@@ -1,5 +1,6 @@
 """Opens a model by what its files say it is: the backbone, and every task's frozen head."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from adamerge.checkpoints import locate, open_checkpoint, require_same_configuration
 from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.data.tasks import TaskSpec, resolve
-from adamerge.errors import InputError, shortlist
+from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.models import open_clip
 from adamerge.models.base import ModuleBackbone
 from adamerge.models.heads import Head
@@ -22,6 +23,7 @@ from adamerge.models.hf_dual import (
 )
 from adamerge.models.hf_encoder import HFEncoder, expects_classifiers, hf_encoder_heads, is_hf_encoder
 from adamerge.models.open_clip import OpenClipBackbone, is_open_clip, open_clip_activation, open_clip_heads
+from adamerge.models.text_towers import own_text_towers, text_tower_folder
 from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
 from adamerge.models.tokenizers import require_same_tokenizers
 
@@ -149,6 +151,9 @@ def open_heads(
 ) -> dict[str, Head]:
     """Give every task's frozen head: its head file, or what the base's format has (text tower, classifiers).
 
+    The zero-shot head of a task whose expert has another text tower than the base is made with that, and an
+    `AdamergeWarning` says so: it is the task's head of every model, the merged ones included.
+
     Args:
         base: The base, as for `open_backbone`.
         tasks: Class names and templates, or a head file, by task name.
@@ -166,10 +171,32 @@ def open_heads(
     rest = {task: spec for task, spec in tasks.items() if task not in heads}
     if rest:
         paths = {t: locate(str(expert), f"expert {t!r}") for t, expert in (experts or {}).items()}
-        heads |= format_of(path).heads(path, rest, paths)
+        row = format_of(path)
+        own = _heads_of_own_towers(path, row, rest, paths) if row.normalize else {}
+        others = {task: spec for task, spec in rest.items() if task not in own}
+        heads |= own | (row.heads(path, others, paths) if others else {})
     for task, head in heads.items():
         _require_classes(task, head)
     return {task: replace(heads[task], role=f"the head of task {task!r}") for task in tasks}
+
+
+def _heads_of_own_towers(path: Path, row: Format, tasks: Tasks, experts: Paths) -> dict[str, Head]:
+    """Make the zero-shot heads of tasks whose experts have text towers of their own, and say so."""
+    given = {task: experts[task] for task in tasks if task in experts}
+    state = open_checkpoint(path, role="base")
+    vision = row.backbone(path, [*state]).names if given else ()
+    heads: dict[str, Head] = {}
+    for task, (own, differing) in own_text_towers(state, vision, given).items():
+        with text_tower_folder(path, given[task], own) as folder:
+            head = row.heads(folder, {task: tasks[task]}, {})[task]
+        heads[task] = replace(head, own_tower=True)
+        warnings.warn(
+            f"expert {task!r} has a text tower of its own ({shortlist(differing, 3)}): the head of its task "
+            "is made with it, for the expert and for every merged model.",
+            AdamergeWarning,
+            stacklevel=3,
+        )
+    return heads
 
 
 def _require_classes(task: str, head: Head) -> None:
