@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -12,12 +13,15 @@ import yaml
 
 from adamerge.atomic import refuse_existing, write_text
 from adamerge.benchmarks import define, defined, read_benchmark
+from adamerge.benchmarks.files import read_document
+from adamerge.checkpoints import class_names
 from adamerge.commands.bench import benchmark_file
 from adamerge.data.checking import Report, check_source
+from adamerge.data.labels import HeadClasses
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.data.texts import preprocessing_of
-from adamerge.errors import AdamergeError, InputError, nearest
-from adamerge.models import open_backbone
+from adamerge.errors import AdamergeError, InputError, nearest, shortlist
+from adamerge.models import Head, open_backbone
 from adamerge.progress import console, print_columns, terminal
 
 _PARTS = {"test": ("n_test", "digest"), "adapt": ("n_adapt", "adapt_digest")}
@@ -37,9 +41,10 @@ def data(
 ) -> int:
     """Count files, images (or texts), classes and images per class, and decode every image once.
 
-    Exits with 3 where an image cannot be decoded, or something differs from the manifest: a YAML file
-    with n_test, classes (names in label order, or their number), digest, n_adapt and adapt_digest by
-    task, each only where it is known. The CLIP benchmarks know their n_test.
+    Files that are not read are named. Labels are compared with the classes of the task, of its head file
+    and of its expert's configuration. Exits with 3 where an image cannot be decoded, or something differs
+    from the manifest: a YAML file with n_test, classes (names in label order, or their number), digest,
+    n_adapt and adapt_digest by task, each only where it is known. The CLIP benchmarks know their n_test.
 
     Args:
         action: What to do: check.
@@ -58,7 +63,8 @@ def data(
     if write is not None:
         refuse_existing(Path(write), overwrite=overwrite)
     tokenize = cache(partial(_tokenizer, benchmark))
-    reports = {key: _report(*key, tasks, expected, tokenize) for key in _parts(tasks)}
+    heads = _heads(str(benchmark), tasks) if sources is None and benchmark not in defined() else {}
+    reports = {key: _report(*key, tasks, expected, tokenize, heads) for key in _parts(tasks)}
     if json:
         _print_json(reports)
     else:
@@ -87,6 +93,26 @@ def _tasks(
     return resolve(read_benchmark(benchmark_file(str(benchmark)), "data")[0]["tasks"]), {}
 
 
+def _heads(benchmark: str, tasks: Mapping[str, TaskSpec]) -> dict[str, HeadClasses]:
+    """Return what head files, and the configurations of local experts, say of the heads' rows.
+
+    What cannot be read there is told by the commands that read it.
+    """
+    model = read_document(benchmark_file(benchmark)).get("model")
+    experts = model.get("experts") if isinstance(model, Mapping) else None
+    experts = experts if isinstance(experts, Mapping) else {}
+    heads: dict[str, HeadClasses] = {}
+    for task, spec in tasks.items():
+        with suppress(InputError):
+            if spec.head:
+                head = Head.from_file(spec.head)
+                heads[task] = HeadClasses(len(head.weight), head.classes or tuple(spec.classes))
+            elif task in experts:
+                names = class_names(Path(str(experts[task]))) or ()
+                heads[task] = HeadClasses(len(names) or None, names)
+    return heads
+
+
 def _parts(tasks: Mapping[str, TaskSpec]) -> Iterator[tuple[str, str]]:
     """Name every task's sources once: where both parts are the same images, those are tested."""
     for name, spec in tasks.items():
@@ -102,12 +128,14 @@ def _report(
     tasks: Mapping[str, TaskSpec],
     expected: Mapping[str, Mapping[str, Any]],
     tokenize: Callable[[], Any],
+    heads: Mapping[str, HeadClasses],
 ) -> Report:
     count, digest = _PARTS[part]
     row = expected.get(name, {})
     known = {"images": row.get(count), "digest": row.get(digest)}
     known |= {"classes": row.get("classes")} if part == "test" else {}
-    return check_source(tasks[name], f"task {name!r}, {part} data", known, part=part, tokenize=tokenize)
+    options: dict[str, Any] = {"part": part, "tokenize": tokenize, "head": heads.get(name)}
+    return check_source(tasks[name], f"task {name!r}, {part} data", known, **options)
 
 
 def _tokenizer(benchmark: str | None) -> Any:
@@ -163,7 +191,6 @@ def _print(reports: Mapping[tuple[str, str], Report]) -> None:
     print_columns(["task", "part", "files", "images", "classes", "per class", "digest"], lines)
     out = terminal()
     for (name, part), report in reports.items():
-        for note in report.notes:
-            out.print(f"{name}, {part}: {note}", markup=False, soft_wrap=True)
-        for problem in report.problems:
-            out.print(f"{name}, {part}: {problem}", markup=False, soft_wrap=True)
+        left = [f"these were left out: {shortlist(report.left_out)}"] if report.left_out else []
+        for line in (*report.notes, *report.problems, *left):
+            out.print(f"{name}, {part}: {line}", markup=False, soft_wrap=True)

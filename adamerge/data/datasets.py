@@ -1,13 +1,11 @@
 """A source's images: all of them, decoded once, or a few at a time."""
 
 import json
-import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from torch.utils.data import Dataset
 
 from adamerge.data.corruptions import Corrupt, library_versions, make_corruption
 from adamerge.data.decoded import Decoded, decode_all, decode_once, digests_of
-from adamerge.data.decoding import Preprocess, decode, require_same_size
+from adamerge.data.decoding import Preprocess, decode, require_regular, require_same_size
 from adamerge.data.rows import Rows, open_rows
 from adamerge.data.sources import Source, find_source
 from adamerge.data.tasks import EMBEDDED, embedded_source
@@ -262,24 +260,13 @@ def _decoded(
     from PIL import __version__ as pillow
 
     try:
-        digest = sha256_of_all(_regular(rows.source.files))
+        require_regular(*rows.source.files)
+        digest = sha256_of_all(rows.source.files)
     except OSError:  # a file that cannot be read is told as an image that cannot be decoded
         return decode_all(decode_rows())
     corrupted_by = corruption and [corruption, *library_versions()]
     parts = [digest, column, corrupted_by, transform_key, pillow]
     return decode_once(decode_rows, json.dumps(parts), len(rows))
-
-
-def _regular(files: Sequence[Path]) -> Sequence[Path]:
-    """Return the files; a pipe among them, which might never end, is an error.
-
-    Raises:
-        OSError: One is no regular file, or is not there.
-    """
-    for file in files:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise OSError(f"{file} is no file")
-    return files
 
 
 def _decode_rows(

@@ -69,10 +69,20 @@ def content(value: dict[str, Any] | None) -> bytes:
         return value["bytes"]
     if value is None or value["path"] is None:
         raise ValueError("no image")
-    if not stat.S_ISREG(os.stat(value["path"]).st_mode):
-        raise OSError("not a file but a pipe, device, socket or folder")
+    require_regular(value["path"])
     with open(value["path"], "rb") as file:
         return file.read()
+
+
+def require_regular(*files: str | os.PathLike[str]) -> None:
+    """Check that files are files.
+
+    Raises:
+        OSError: One is a pipe, a device, a socket or a folder, or is not there.
+    """
+    for file in files:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise OSError(f"{file} is not a file but a pipe, device, socket or folder")
 
 
 def require_same_size(role: str, *images: tuple[str, Tensor]) -> None:

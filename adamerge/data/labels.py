@@ -170,6 +170,8 @@ def _problem_of_order(
     if not targets:
         told = "the images' classes are numbers in the order of words: {}; the head does not name its rows"
         return told.format(shortlist(names)) if is_unsorted else ""
+    if named:
+        return f"the head's classes are [{shortlist(targets)}], the images have [{shortlist(names)}]"
     moved = difference_of_order(targets, names)
     if moved:
         return moved
@@ -177,8 +179,9 @@ def _problem_of_order(
     if wrong:
         told = "classes stand in another order: {!r} is {} here, {} in the data"
         return told.format(targets[wrong[0]], *wrong)
-    if named or is_unsorted:
-        return f"the head's classes are [{shortlist(targets)}], the images have [{shortlist(names)}]"
+    if is_unsorted:
+        told = "the images' classes are numbers in the order of words: {}; the classes are [{}]"
+        return told.format(shortlist(names), shortlist(targets))
     return ""
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from adamerge.data.decoding import require_regular
 from adamerge.errors import DataError, shortlist
 
 _FILE = "file_name"  # as `datasets` calls the column
@@ -19,6 +20,7 @@ def read_metadata(file: Path, role: str) -> tuple[list[str], dict[str, list[Any]
         DataError: The table is damaged, has no column ``file_name``, or a row names no file, or one twice.
     """
     try:
+        require_regular(file)
         columns = _columns(file)
     except Exception as error:  # whatever the reader stumbles over, the file is what is wrong
         raise DataError(f"{role}: {file} cannot be read: {str(error).partition(chr(10))[0]}") from error

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from adamerge.data.decoding import image_suffixes
+from adamerge.data.decoding import image_suffixes, require_regular
 from adamerge.data.folders import is_hidden
 from adamerge.data.sources import Source
 from adamerge.data.tables import kind_of, read_table
@@ -160,6 +160,8 @@ def open_rows(source: Source, role: str) -> Rows:
     from datasets import Dataset
 
     with _named_problems(source.given, role):
+        if source.layout != "folder":
+            require_regular(*source.files)
         if source.layout == "parquet":
             rows = _parquet_rows(source, role)
         elif source.layout == "tar":
@@ -278,7 +280,9 @@ def _listed(source: Source) -> "Dataset":
         return Dataset.from_dict({**source.columns, **columns}, kinds)
     features: dict[str, Any] = {"image": Image(decode=False)}
     if images and all(len(p.parts) > 1 for p in images):
-        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+        filled = {p.parts[0] for p in images}
+        folders = (p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
+        classes = sorted(p.name for p in folders if p.name in filled or not p.is_symlink())
         columns["label"] = [classes.index(p.parts[0]) for p in images]
         features["label"] = ClassLabel(names=classes)
     return Dataset.from_dict(columns, Features(features))

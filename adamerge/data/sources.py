@@ -1,12 +1,14 @@
 """Where images come from: a path or a hub id, with configuration and split, and the files behind it."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from adamerge.data.decoding import require_regular
 from adamerge.data.folders import SPLITS, Listing, list_folder, named_splits
 from adamerge.data.metadata import read_metadata
 from adamerge.data.tables import IN_FOLDERS, SUFFIXES
@@ -64,7 +66,7 @@ def find_source(given: str, role: str) -> Source:
     """
     readings = list(_readings(given))
     for name, config, split in readings:
-        if Path(name).exists():
+        if os.path.exists(Path(name)):
             return _Finder(given, role, name).find(Path(name), config, split)
     name, config, split = readings[-1]
     mistyped = nowhere(name)
@@ -92,6 +94,8 @@ class _Finder:
                 layout = table if root.suffix == f".{table}" else layout
             layout = "text" if root.suffix.lower() in SUFFIXES else layout
             return Source(self.given, root, layout, (root,))
+        if not root.is_dir():
+            raise self._error(f"{self.name} is neither a file nor a folder")
         folder = root / config if config else root
         if not folder.is_dir():
             known = [path.name for path in root.glob("[!._]*") if path.is_dir()]
@@ -122,11 +126,17 @@ class _Finder:
         if (folder / "state.json").exists() and split is None:
             return folder
         if (folder / "dataset_dict.json").exists():
-            split = self._choose(split, self._json(folder / "dataset_dict.json")["splits"])
+            splits = self._json(folder / "dataset_dict.json").get("splits")
+            if not isinstance(splits, list) or not splits:
+                raise self._error(f"{folder / 'dataset_dict.json'} names no splits", "Save it again.")
+            split = self._choose(split, list(map(str, splits)))
         return folder / split if split and (folder / split / "state.json").exists() else None
 
     def _arrow_files(self, folder: Path) -> Iterator[Path]:
-        for row in self._json(folder / "state.json").get("_data_files", ()):
+        rows = self._json(folder / "state.json").get("_data_files") or []
+        for row in rows if isinstance(rows, list) else [None]:
+            if not isinstance(row, dict) or not isinstance(row.get("filename"), str):
+                raise self._error(f"{folder / 'state.json'} names no data files", "Save it again.")
             yield folder / row["filename"]
 
     def _tables(self, folder: Path, split: str | None, listing: Listing, here: list[Path]) -> list[Path]:
@@ -206,9 +216,13 @@ class _Finder:
 
     def _json(self, file: Path) -> dict[str, Any]:
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            require_regular(file)
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{self.role}: {file} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise DataError(f"{self.role}: {file} cannot be read: it holds no JSON object.")
+        return found
 
     def _error(self, problem: str, hint: str = "") -> DataError:
         return DataError(f"{self.role}: {problem}.", hint)

@@ -309,6 +309,11 @@ def test_images_from_files_need_a_models_preprocessing(make: Make) -> None:
 
 
 class TestClasses:
+    def test_adaptation_images_of_other_classes_are_told(self, make: Make, rows: Rows) -> None:
+        data = make({"bars": {"adapt": rows["dots"]["adapt"], "test": None}})
+        with pytest.warns(AdamergeWarning, match=r"'bars': adaptation images have the classes .*its images"):
+            data.adaptation("bars")
+
     def test_class_folders_and_class_names_differ_in_number(self, make: Make) -> None:
         data = make({"bars": {"classes": ["0_flat", "2_upright"]}})
         with pytest.raises(DataError) as caught:
