@@ -64,7 +64,7 @@ def data(
         refuse_existing(Path(write), overwrite=overwrite)
     tokenize = cache(partial(_tokenizer, benchmark))
     heads = _heads(str(benchmark), tasks) if sources is None and benchmark not in defined() else {}
-    reports = {key: _report(*key, tasks, expected, tokenize, heads) for key in _parts(tasks)}
+    reports = {key: _report(*key, tasks, expected, tokenize=tokenize, heads=heads) for key in _parts(tasks)}
     if json:
         _print_json(reports)
     else:
@@ -127,6 +127,7 @@ def _report(
     part: str,
     tasks: Mapping[str, TaskSpec],
     expected: Mapping[str, Mapping[str, Any]],
+    *,
     tokenize: Callable[[], Any],
     heads: Mapping[str, HeadClasses],
 ) -> Report:
@@ -142,8 +143,8 @@ def _tokenizer(benchmark: str | None) -> Any:
     """Return what tokenises texts for the benchmark's base; None where that is not known, or reads images."""
     if benchmark is None or benchmark in defined():
         return None
-    model, data = read_benchmark(benchmark_file(benchmark), "model", "data")
     try:
+        model, data = read_benchmark(benchmark_file(benchmark), "model", "data")
         backbone = open_backbone(model["base"])
         return preprocessing_of(backbone, data.get("max_length"))[0] if backbone.modality == "text" else None
     except (AdamergeError, KeyError):  # the model is not what is checked here

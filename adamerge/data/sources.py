@@ -87,13 +87,7 @@ class _Finder:
 
     def find(self, root: Path, config: str | None, split: str | None) -> Source:
         if root.is_file():
-            if config or split:
-                raise self._error(f"{self.name} is one file, which has no configurations and splits")
-            layout: Layout = "folder"
-            for table in _TABLES:
-                layout = table if root.suffix == f".{table}" else layout
-            layout = "text" if root.suffix.lower() in SUFFIXES else layout
-            return Source(self.given, root, layout, (root,))
+            return self._file(root, config, split)
         if not root.is_dir():
             raise self._error(f"{self.name} is neither a file nor a folder")
         folder = root / config if config else root
@@ -104,6 +98,21 @@ class _Finder:
         if saved:
             return Source(self.given, saved, "datasets", tuple(self._arrow_files(saved)))
         listing = list_folder(folder)
+        return self._tables_in(listing, split) or self._folder(listing, split)
+
+    def _file(self, root: Path, config: str | None, split: str | None) -> Source:
+        """Read one file by its suffix."""
+        if config or split:
+            raise self._error(f"{self.name} is one file, which has no configurations and splits")
+        layout: Layout = "folder"
+        for table in _TABLES:
+            layout = table if root.suffix == f".{table}" else layout
+        layout = "text" if root.suffix.lower() in SUFFIXES else layout
+        return Source(self.given, root, layout, (root,))
+
+    def _tables_in(self, listing: Listing, split: str | None) -> Source | None:
+        """Read a folder's tables, those of images first; None where it has none of the split."""
+        folder = listing.root
         for layout in _TABLES:
             here = [path for path in listing.tables if path.suffix == f".{layout}"]
             tables = self._tables(folder, split, listing, here)
@@ -119,7 +128,7 @@ class _Finder:
                 left = tuple(str(path) for path in listing.others if path not in here)
                 files = tuple(folder / path for path in tables)
                 return Source(self.given, folder, "text", files, left_out=left)
-        return self._folder(listing, split)
+        return None
 
     def _saved(self, folder: Path, split: str | None) -> Path | None:
         """Give the folder that `save_to_disk` wrote, if there is one."""
