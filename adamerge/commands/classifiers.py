@@ -38,9 +38,9 @@ class Classifiers:
     def of(cls, sources: Sources, layers: LastLayers) -> "Classifiers":
         """Read the experts' classifiers, where a merge has any and writes a folder."""
         base = sources.base
-        if not layers.names or not base.is_dir() or not classifies_inputs(base):
+        if not (layers.names or sources.headless) or not base.is_dir() or not classifies_inputs(base):
             return cls(layers)
-        if not layers.kept:
+        if not layers.kept and not sources.headless:
             return cls(layers, {}, {MERGED: class_names(base) or ()}, is_merged=True)
         heads, reasons = own_classifiers(base, sources.experts)
         classes = {task: class_names(sources.experts[task]) or () for task in heads}

@@ -4,14 +4,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from adamerge.checkpoints import locate
 from adamerge.checkpoints.foreign_code import code_notes
 from adamerge.errors import AdamergeWarning, InputError, shortlist
+from adamerge.models.hf_encoder import HFEncoder, headless_base
 from adamerge.models.opening import require_same_function
 from adamerge.progress import console
 from adamerge.vectors import TaskVectors
+from adamerge.vectors.store import open_base, open_expert
 
 
 def parse_experts(items: Sequence[str]) -> dict[str, str]:
@@ -83,13 +87,17 @@ class Sources:
         merge_classifier: bool = False,
         force: bool,
     ) -> TaskVectors:
-        """Return the vectors, which stay in their files; for the arguments see `TaskVectors.open`."""
+        """Return the vectors, which stay in their files; for the arguments see `TaskVectors.open`.
+
+        A base without the layers of its experts' classifiers stays without them.
+        """
+        experts, lone, own = self._without_own_layers()
         vectors = TaskVectors.open(
             self.base,
-            self.experts,
+            experts,
             "stream",
-            allow_missing=allow_missing,
-            exclude=exclude,
+            allow_missing=[*allow_missing, *lone],
+            exclude=[*exclude, *own],
             merge_classifier=merge_classifier,
             force=force,
         )
@@ -101,3 +109,20 @@ class Sources:
         if idle:
             raise InputError(f"no tensor's name matches {shortlist(idle)}.", "Look for a typing error.")
         return vectors
+
+    @cached_property
+    def headless(self) -> HFEncoder | None:
+        """The backbone of a base that lacks layers of its experts' classifiers; None of any other base."""
+        return headless_base(self.base, self.experts)
+
+    def _without_own_layers(self) -> tuple[dict[str, Any], list[str], tuple[str, ...]]:
+        """Return the experts of a headless base, what only the base has, and what only the experts have."""
+        backbone = self.headless
+        if backbone is None:
+            return {**self.experts}, [], ()
+        console.print(
+            "the experts' own layers are not merged, the base has none of them: "
+            f"{shortlist(backbone.unmerged)}.",
+            soft_wrap=True,
+        )
+        return backbone.opened(self.experts, open_base(self.base), open_expert)

@@ -22,6 +22,7 @@ from adamerge.inspection.checks import (
 )
 from adamerge.inspection.report import Kept, ModelFacts, Report
 from adamerge.inspection.walk import Walk, comparable
+from adamerge.models.hf_encoder import HFEncoder, headless_base
 from adamerge.models.last_layers import LastLayers
 from adamerge.models.opening import require_same_function
 from adamerge.names import require_file_names
@@ -55,7 +56,12 @@ def inspect(
     """
     require_file_names(experts)
     ours = open_base(base)
-    states, problems = _open_all(experts, ours, base_last_layers(base, ours))
+    headless = _headless(base, experts)
+    if headless is not None:
+        read = set(headless.names)
+        allow_missing = (*allow_missing, *(escape(name) for name in ours if name not in read))
+        exclude = (*exclude, *map(escape, headless.unmerged))
+    states, problems = _open_all(experts, ours, base_last_layers(base, ours), headless)
     layers, contradictions = _last_layers(base, ours, experts, states)
     exclude = (*exclude, *map(escape, layers.kept))
     problems += contradictions
@@ -91,15 +97,26 @@ def _folders(base: Source, experts: Mapping[str, Source]) -> dict[str, Path]:
     return {r: Path(s) for r, s in {"base": base, **experts}.items() if isinstance(s, str | Path)}
 
 
+def _headless(base: Source, experts: Mapping[str, Source]) -> HFEncoder | None:
+    """Return the backbone of a base that lacks layers of its experts' classifiers, if all are in files."""
+    folders = _folders(base, experts)
+    if len(folders) <= len(experts):
+        return None
+    return headless_base(folders.pop("base"), folders)
+
+
 def _open_all(
-    experts: Mapping[str, Source], base: State, rows: Collection[str]
+    experts: Mapping[str, Source], base: State, rows: Collection[str], headless: HFEncoder | None
 ) -> tuple[dict[str, State], list[str]]:
     """Open what can be opened, and say why the others cannot."""
     states: dict[str, State] = {}
     problems: list[str] = []
     for task, source in experts.items():
         try:
-            states[task] = open_expert(source, f"expert {task!r}", base, rows)
+            if headless is not None:
+                states[task] = headless.expert(Path(str(source)), f"expert {task!r}", base, open_expert)
+            else:
+                states[task] = open_expert(source, f"expert {task!r}", base, rows)
         except InputError as error:
             problems.append(one_line(error))
     if not states:

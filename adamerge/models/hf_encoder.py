@@ -15,6 +15,7 @@ from adamerge.checkpoints import (
     open_checkpoint,
     transformer_folder,
 )
+from adamerge.checkpoints.layout import ADAPTER_CONFIG
 from adamerge.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError, shortlist
@@ -115,6 +116,14 @@ class HFEncoder(ClassifierBackbone):
         theirs |= self.classifier_in(state)
         return state.renamed(theirs) if isinstance(state, Checkpoint) else Renamed(state, theirs)
 
+    def opened(
+        self, experts: Mapping[str, Path], base: State, opener: Opener
+    ) -> tuple[dict[str, State], list[str], tuple[str, ...]]:
+        """Open experts, and name the tensors that only the base has, and those that only the experts have."""
+        states = {t: self.expert(path, f"expert {t!r}", base, opener) for t, path in experts.items()}
+        read = set(self.names)
+        return states, [name for name in base if name not in read], self.unmerged
+
     def head(self, path: Path, role: str, base: State) -> Head:
         """Read an expert's own classifier, with the layers before it that the base lacks.
 
@@ -213,6 +222,34 @@ def expects_classifiers(
             "Give head files for all tasks, or for none.",
         )
     return bool(own)
+
+
+def headless_base(path: Path, experts: Mapping[str, Path]) -> HFEncoder | None:
+    """Return the backbone of a base that lacks layers of its experts' classifiers; None of any other base.
+
+    Args:
+        path: The base's folder.
+        experts: The experts' paths by task.
+
+    Raises:
+        InputError: The base cannot be read.
+    """
+    if not path.is_dir() or not is_hf_encoder(path) or _is_classifier(path):
+        return None
+    if not any(map(_is_classifier, experts.values())):
+        return None
+    backbone = HFEncoder(path, classifiers=True)
+    return None if backbone.own_model is None else backbone
+
+
+def _is_classifier(path: Path) -> bool:
+    """Return whether a folder's configuration is one of a classifier of whole inputs, or of LoRA on one."""
+    if is_adapter(path):
+        return read_object(path / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+    families = read_object(transformer_folder(path) / CONFIG).get("architectures") or ()
+    return any(
+        str(name).endswith(("ForSequenceClassification", "ForImageClassification")) for name in families
+    )
 
 
 def _holds_classifier(backbone: HFEncoder, expert: Path) -> bool:

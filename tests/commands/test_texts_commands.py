@@ -202,3 +202,28 @@ def test_static_rows_of_texts_are_the_experts_own(world: Path, tmp_path: Path) -
         right += int(logits.argmax()) == i % 2
     [row] = json.loads((tmp_path / "bench" / "results.json").read_text())["rows"]
     assert row["accuracy"]["mood"] == pytest.approx(100 * right / 12)
+
+
+def test_static_merges_and_reports_leave_own_layers_out(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = ["--base", str(world / "base")]
+    for task in COUNTS:
+        sources += ["--experts", f"{task}={world / task}"]
+    out = tmp_path / "merged"
+    assert main(["merge", "task_arithmetic", *sources, "--out", str(out), "--force", "true"]) == 0
+    assert (
+        "own layers are not merged, the base has none of them: classifier.out_proj" in capsys.readouterr().err
+    )
+    import transformers
+
+    merged = transformers.AutoModelForMaskedLM.from_pretrained(out).state_dict()
+    base = transformers.AutoModelForMaskedLM.from_pretrained(world / "base").state_dict()
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert any("attention.self.query" in name for name in changed)
+    assert not any(name.startswith("lm_head.dense") for name in changed)
+    mixture = load(out)
+    assert {task: len(head.weight) for task, head in mixture.heads.items()} == COUNTS
+    assert all(head.layers is not None for head in mixture.heads.values())
+    assert main(["inspect", *sources]) == 0
+    assert "A merge would be refused" not in capsys.readouterr().out
