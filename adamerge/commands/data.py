@@ -22,6 +22,7 @@ from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.data.texts import preprocessing_of
 from adamerge.errors import AdamergeError, InputError, nearest, shortlist
 from adamerge.models import Head, open_backbone
+from adamerge.models.opening import format_of
 from adamerge.progress import console, print_columns, terminal
 
 _PARTS = {"test": ("n_test", "digest"), "adapt": ("n_adapt", "adapt_digest")}
@@ -106,10 +107,11 @@ def _heads(benchmark: str, tasks: Mapping[str, TaskSpec]) -> dict[str, HeadClass
         with suppress(InputError):
             if spec.head:
                 head = Head.from_file(spec.head)
-                heads[task] = HeadClasses(len(head.weight), head.classes or tuple(spec.classes))
+                heads[task] = HeadClasses(len(head.weight), head.classes, by_classes=True)
             elif task in experts:
-                names = class_names(Path(str(experts[task]))) or ()
-                heads[task] = HeadClasses(len(names) or None, names)
+                folder = Path(str(experts[task]))
+                names, own = class_names(folder) or (), not format_of(folder).normalize
+                heads[task] = HeadClasses(len(names) or None, names if own else (), by_classes=own)
     return heads
 
 

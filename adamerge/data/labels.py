@@ -23,10 +23,13 @@ class HeadClasses:
     Attributes:
         count: Number of rows; None: unknown.
         names: What the head's own file calls its rows; empty where it does not say.
+        by_classes: Whether the configured classes name rows that are a file's own, so that labels in another
+            order follow them.
     """
 
     count: int | None = None
     names: tuple[str, ...] = ()
+    by_classes: bool = False
 
 
 def head_names(task: str, classes: Sequence[str], head: HeadClasses) -> tuple[str, ...]:
@@ -142,12 +145,15 @@ def _rows_of(
     """Return the head's row of each class name of the images; None: the order counts."""
     names = images.class_names
     pairs = match_names(names, targets)
+    own = match_names(names, head.names)
+    pairs = own if len(pairs) < len(own) == len(names) else pairs
     if images.origin.words:
         return _rows_of_words(task, images, targets, pairs, part)
     count = len(targets) or head.count
     if count and len(names) != count:
         raise _other_number(task, names, targets, count, part)
-    if len(pairs) == len(names) and (head.names or all(i == j for i, j in pairs.items())):
+    is_free = bool(head.names) or head.by_classes  # else the classes are in the order of the labels
+    if len(pairs) == len(names) and (is_free or all(i == j for i, j in pairs.items())):
         return [pairs[i] for i in range(len(names))]
     problem = _problem_of_order(names, targets, pairs, named=bool(head.names))
     if problem:

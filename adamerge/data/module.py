@@ -116,13 +116,16 @@ class MultiTaskData(pl.LightningDataModule):
         """Match labels with the rows of these heads from now on, by name where names are known.
 
         Args:
-            heads: Heads by task: ``weight [class, dim]``, and what their files call the rows
-                (``classes``). The rows of a head file without names are called like the configured classes.
+            heads: Heads by task: ``weight [class, dim]``, and what their files call the rows (``classes``).
+                Rows of a file that does not name them are called like the configured classes; those of
+                zero-shot heads are in the order of the classes.
         """
         for task, spec in self.tasks.items():
             if task in heads:
-                names = heads[task].classes or (tuple(spec.classes) if spec.head else ())
-                self._heads[task] = HeadClasses(len(heads[task].weight), names)
+                head = heads[task]
+                self._heads[task] = HeadClasses(
+                    len(head.weight), head.classes, by_classes=bool(spec.head or head.names)
+                )
 
     def class_names(self, task: str) -> list[str]:
         """Return the names of the classes in the order of the head's rows; empty where nothing names them.

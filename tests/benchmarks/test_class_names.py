@@ -87,6 +87,16 @@ def test_folders_are_matched_by_name(
     assert bench(root, root / "expert", row | {"classes": classes}, tmp_path) == (0, 100.0)
 
 
+def test_classes_name_the_rows_of_a_classifier_that_does_not(
+    models: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    root, predicted = models
+    expert = Path(shutil.copytree(root / "expert", tmp_path / "expert"))
+    name_rows(expert, None)
+    row = write_folders(tmp_path / "images", [NAMES[row] for row in predicted])
+    assert bench(root, expert, row | {"classes": NAMES}, tmp_path) == (0, 100.0)
+
+
 def test_words_of_ones_own_stand_for_the_rows_one_by_one(
     models: tuple[Path, list[int]], tmp_path: Path
 ) -> None:

@@ -97,6 +97,17 @@ class TestMatching:
         assert matched([0, 1, 2], classes=("a", "b", "c"), rows=("c", "a", "b")) == [1, 2, 0]
         assert matched([0, 1, 2], classes=("a", "b", "c"), rows=("x", "y", "z")) == [0, 1, 2]
 
+    def test_classes_name_the_rows_of_a_file_that_does_not(self) -> None:
+        head, given = HeadClasses(3, by_classes=True), images([0, 1, 2], ("a", "b", "c"))
+        assert match_labels("x", given, ("c", "a", "b"), head).labels.tolist() == [1, 2, 0]
+        with pytest.raises(DataError, match="the images have, in order"):
+            match_labels("x", given, ("c", "a", "b"), HeadClasses(3))  # a zero-shot head
+
+    def test_data_may_have_the_heads_own_names_beside_other_classes(self) -> None:
+        names, rows = ("a", "b", "c"), ("c", "a", "b")
+        assert matched([0, 1, 2], names, classes=("drei", "eins", "zwei"), rows=rows) == [1, 2, 0]
+        assert matched([1, 0], ("a", "b"), classes=("x", "y", "z"), rows=rows, words=True) == [2, 1]
+
     def test_words_may_be_some_of_the_classes(self) -> None:
         assert matched([1, 0], ("b", "c"), rows=("c", "a", "b"), words=True) == [0, 2]
         assert matched([1, 0], ("b", "c"), classes=("c", "a", "b"), words=True) == [0, 2]
