@@ -3,6 +3,7 @@
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from builders import coefficients_of, fit, fit_arguments, write_benchmark
 from conftest import TASKS, rows_of
 from processes import exit_code, launch, start
 
+from adamerge.callbacks import Curves
 from adamerge.commands.runs import verify
+from adamerge.ownership import LIST, NEW
 
 STEPS = ("--trainer.max_steps", "60", "--save_every", "5", "--data.num_workers")
 
@@ -74,6 +77,67 @@ def test_what_is_in_the_way_stays(
         assert fit(benchmark, project, "--overwrite", overwrite) == 2
         assert "is not empty and holds no run" in capsys.readouterr().err
     assert (project / "config.yaml").read_text() == "mine"
+
+
+def stop_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run end with this error once it has taken a step."""
+    append = Curves.on_train_batch_end
+
+    def end(self: Curves, trainer: Any, *more: Any) -> None:
+        append(self, trainer, *more)
+        if trainer.global_step == step:
+            raise error
+
+    monkeypatch.setattr(Curves, "on_train_batch_end", end)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    paths = (path for path in run.rglob("*") if path.is_file() and NEW not in path.parts)
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_an_old_run_stays_until_the_new_one_is_complete(
+    error: BaseException, benchmark: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, new = contents(run), ("--overwrite", "true", "--seed_everything", "7", "--save_every", "2")
+    for step, is_kept in ((1, False), (3, True)):
+        with monkeypatch.context() as patch:
+            stop_at(step, error, patch)
+            if isinstance(error, KeyboardInterrupt):
+                assert fit(benchmark, run, *new) == 130
+            else:
+                with pytest.raises(RuntimeError, match="a bug"):
+                    fit(benchmark, run, *new)
+        assert contents(run) == before
+        assert (run / NEW / "checkpoints" / "last.ckpt").exists() == is_kept
+    assert fit(benchmark, run, *new, "--ckpt_path", "last") == 0
+    assert fit(benchmark, run.with_name("new"), *new, "--overwrite", "false") == 0
+    expected, found = (coefficients_of(folder) for folder in (run.with_name("new"), run))
+    assert all(torch.equal(expected[task], found[task]) for task in TASKS)
+    assert (run / "curves.csv").read_text().count("\n") == 7
+    assert contents(run).keys() == contents(run.with_name("new")).keys()
+    assert verify(str(run)) == 0
+    shutil.rmtree(run.with_name("new"))
+
+
+def test_a_run_of_an_older_version_is_replaced_and_its_stray_checkpoint_goes(
+    benchmark: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (run, run / "merged"):
+        (folder / LIST).unlink()
+    (run / "checkpoints" / "epoch=0-step=3.ckpt").touch()
+    (run / "notes.md").write_text("mine")
+    assert fit(benchmark, run, "--overwrite", "true") == 2
+    assert "holds what adamerge did not write: notes.md." in capsys.readouterr().err
+    (run / "notes.md").unlink()
+    again = run.with_name("again")
+    shutil.copytree(run, again)
+    assert fit(benchmark, run, "--overwrite", "true") == 0
+    assert fit(benchmark, again, "--ckpt_path", "last") == 0
+    for folder in (run, again):
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    shutil.rmtree(again)
 
 
 def test_projected_coefficients_resume_bit_for_bit(benchmark: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def claim_run(asked: Asked, stack: ExitStack) -> Place:
     if not is_first_process():
         return _place(asked)
     _require_free(asked)
-    stack.enter_context(ownership.claimed(asked.run, "run"))
+    claim = stack.enter_context(ownership.claimed(asked.run, "run"))
     _require_free(asked)
     place = _place(asked)
     if place.replaces or not place.is_resuming:
@@ -75,7 +75,16 @@ def claim_run(asked: Asked, stack: ExitStack) -> Place:
         stack.enter_context(ownership.claimed(place.folder, "run", lock=False))
     if (place.folder / "merged").exists():
         ownership.require_ours(place.folder / "merged")
+    if place.is_resuming and not place.replaces:
+        _remove_strays(claim)
     return place
+
+
+def _remove_strays(claim: ownership.Claim) -> None:
+    """Remove the second checkpoint that earlier versions left of an interrupted run."""
+    for file in (claim.folder / LAST).parent.glob("epoch=*-step=*.ckpt"):
+        if (claim.folder / LAST).is_file() and claim.holds(file.relative_to(claim.folder).as_posix()):
+            file.unlink()
 
 
 def pending(run: Path) -> Path | None:
