@@ -2,82 +2,103 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from adamerge.checkpoints.modules import transformer_folder
-from adamerge.errors import InputError
+from adamerge.errors import AdamergeWarning, InputError
 
+_HINT = (
+    "Experts must share the base's architecture, activation and preprocessing. To merge them nevertheless, "
+    "under the base's settings: force=True (--force true; in a configuration model.force)."
+)
 # Says nothing of the function that the weights compute, or only what the tensors themselves tell.
 _HARMLESS = re.compile(
-    r"_.*|transformers_version|(torch_)?dtype|architectures|auto_map|id2label|label2id|num_labels"
-    r"|problem_type|finetuning_task|task_specific_params|vocab_size|tie_word_embeddings|\w+_token_id"
-    r"|use_cache|attn_implementation|output_attentions|output_hidden_states|return_dict"
-    r"|gradient_checkpointing|\w*(dropout|drop_path)\w*|initializer_\w+|pretraining_tp"
+    r"_.*|transformers_version|transformers_weights|(torch_)?dtype|architectures|auto_map|id2label|label2id"
+    r"|num_labels|problem_type|finetuning_task|task_specific_params|vocab_size|tie_word_embeddings"
+    r"|\w+_token_id|use_cache|attn_implementation|output_attentions|output_hidden_states|return_dict"
+    r"|gradient_checkpointing|\w*(dropout|drop_path|layerdrop)\w*|initializer_\w+|pretraining_tp"
+    r"|(output_router_logits|router_\w*loss\w*)|quantization_config"
+)
+# The longest input for which a model is meant: no weight depends on it, where positions are rotated, and
+# where positions are learned their tensors tell.
+_LENGTHS = re.compile(
+    r"max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|max_window_layers"
 )
 _ACTIVATION = re.compile(r"hidden_act|hidden_activation|activation(_function)?|act_fn")
-_PREPROCESSING = re.compile(r"image_mean|image_std|size|crop_size|resample|rescale_factor|do_\w+")
+
+
+class DifferenceError(InputError):
+    """Settings of base and experts that differ, and that `force` accepts."""
+
+    def __init__(self, differences: Iterable[str], hint: str = _HINT) -> None:
+        super().__init__("\n".join(differences), hint)
 
 
 def require_same_configuration(base: Path, experts: Mapping[str, Path]) -> None:
-    """Compare ``config.json`` and the image preprocessing of base and experts.
+    """Compare the ``config.json`` of base and experts; absent keys mean the library's defaults.
 
-    Labels, dtypes, versions and settings of training may differ. An expert may be one part of the base, as
-    an image tower is of a CLIP. What lacks such files (safetensors files, other layouts) is not judged.
+    Labels, dtypes, versions and settings of training and of generation may differ. An expert may be one
+    part of the base, as an image tower is of a CLIP. What lacks such files (safetensors files, other
+    layouts) is not judged.
 
     Args:
         base: The base's folder.
         experts: The experts' folders by task name.
 
     Raises:
-        InputError: A setting differs, which is named with both values, or a file is damaged.
+        DifferenceError: A setting differs, which is named with both values.
+        InputError: A file is damaged.
     """
-    differences = [
-        line
-        for task, expert in experts.items()
-        for read, compare in ((_config, _compare_models), (_preprocessing, _compare))
-        for line in compare(task, read(base), read(expert))
-    ]
+    differences: list[str] = []
+    for task, expert in experts.items():
+        for line, is_length in _compare_models(task, _config(base), _config(expert)):
+            if is_length:
+                said = f"{line} No weight depends on it; the base's value stands."
+                warnings.warn(said, AdamergeWarning, stacklevel=3)
+            else:
+                differences.append(line)
     if differences:
-        raise InputError(
-            "\n".join(differences),
-            "Experts must share the base's architecture, activation and preprocessing.",
-        )
+        raise DifferenceError(differences)
 
 
-def _compare_models(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
-    """Compare two models' settings, each with its defaults where they are not written alike."""
+def _compare_models(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """List what two models differ in, and whether it is a length, on which no weight depends."""
     if not ours or not theirs or dict(_flat(ours)) == dict(_flat(theirs)):
         return
     ours, theirs = _resolved(ours), _resolved(theirs)
     parts = (part for part in (ours, *ours.values()) if isinstance(part, dict))
     kind = theirs.get("model_type")
     ours = next((part for part in parts if part.get("model_type") == kind), ours)
-    yield from _compare(task, dict(_flat(ours)), dict(_flat(theirs)))
+    flat, other = dict(_flat(ours)), dict(_flat(theirs))
+    is_scaled = any(_scales_by_length(key, value) for key, value in [*flat.items(), *other.items()])
+    for key in sorted(flat.keys() & other.keys() - _of_generation()):
+        if flat[key] != other[key]:
+            leaf = key.rpartition(".")[2]
+            values = f"differs: base {flat[key]!r}, expert {task!r} {other[key]!r}"
+            line = f"activation {values} ({key})." if _ACTIVATION.fullmatch(leaf) else f"{key} {values}."
+            yield line, bool(_LENGTHS.fullmatch(leaf)) and not is_scaled
 
 
-def _compare(task: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
-    for key in sorted(ours.keys() & theirs.keys()):
-        if ours[key] != theirs[key]:
-            found = f"differs: base {ours[key]!r}, expert {task!r} {theirs[key]!r}"
-            is_activation = _ACTIVATION.fullmatch(key.rpartition(".")[2])
-            yield f"activation {found} ({key})." if is_activation else f"{key} {found}."
+def _scales_by_length(key: str, value: Any) -> bool:
+    """Return whether a setting says that rotary positions are computed from the longest input."""
+    parent, _, leaf = key.rpartition(".")
+    if leaf == "rope_type" or (leaf == "type" and parent.endswith("rope_scaling")):
+        return value not in (None, "default", "linear")
+    return False
+
+
+def _of_generation() -> set[str]:
+    """Return the settings of generation, which older versions kept beside the model's."""
+    from transformers import GenerationConfig
+
+    return set(GenerationConfig().to_dict())
 
 
 def _config(folder: Path) -> dict[str, Any]:
     return read_settings(transformer_folder(folder) / "config.json")
-
-
-def _preprocessing(folder: Path) -> dict[str, Any]:
-    found = read_settings(folder / "preprocessor_config.json")
-    found = found or read_settings(folder / "processor_config.json").get("image_processor") or {}
-    kept = {key: value for key, value in found.items() if _PREPROCESSING.fullmatch(key)}
-    if isinstance(kept.get("size"), int):  # the older form
-        kept["size"] = {"shortest_edge": kept["size"]}
-    if isinstance(kept.get("crop_size"), int):
-        kept["crop_size"] = {"height": kept["crop_size"], "width": kept["crop_size"]}
-    return kept
 
 
 def read_settings(file: Path) -> dict[str, Any]:

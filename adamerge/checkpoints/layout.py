@@ -73,7 +73,7 @@ def variants(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if _VARIANT.fullmatch(path.name))
 
 
-def read_settings(file: Path) -> dict[str, Any]:
+def plain_settings(file: Path) -> dict[str, Any]:
     """Read a JSON object; empty where there is none, so that a format can be recognised by its keys."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def refuse_quantised_settings(root: Path) -> None:
     Raises:
         InputError: There is a ``quantization_config``, which is named with its method.
     """
-    for key, settings in _parts(read_settings(root / "config.json")):
+    for key, settings in _parts(plain_settings(root / "config.json")):
         quantisation = settings.get("quantization_config") or settings.get("compression_config")
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -107,7 +107,7 @@ def _parts(settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _order(root: Path) -> Iterator[str]:
     """List file names in the order in which the folder's library looks for them."""
-    settings = read_settings(root / "config.json")
+    settings = plain_settings(root / "config.json")
     if (root / OPEN_CLIP_CONFIG).is_file():
         yield from _OPEN_CLIP
     elif isinstance(settings.get("architecture"), str):

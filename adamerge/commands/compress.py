@@ -58,7 +58,7 @@ def compress(
     refuse_existing(target, overwrite=overwrite, inputs={"the base": base, "the expert": expert})
     if density == 1:
         raise InputError("density=1 leaves the vector as it is: nothing is compressed.", "Use e.g. 0.2.")
-    sources = Sources.find(base, [f"{_ROLE}={expert}"])
+    sources = Sources.find(base, [f"{_ROLE}={expert}"], force=force)
     more: dict[str, bool] = {"merge_classifier": merge_classifier, "force": force}
     vectors = sources.open(allow_missing or (), exclude or (), **more)
     recipe = {"method": "compeft", "density": density, "alpha": alpha, "value": value}

@@ -95,11 +95,11 @@ def merge(
         exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
         merge_classifier: Merge last layers of classifiers although base and experts do not name the same
             classes in the same order: otherwise the base's stay, and the experts' lie beside the weights.
-        force: Accept experts that look as if they came from another base.
+        force: Accept experts that look as if they came from another base, or whose settings differ from its.
         overwrite: Replace the output if it exists.
     """
     began, target, row = time.monotonic(), Path(out), _row(method)
-    sources = Sources.find(base, experts)
+    sources = Sources.find(base, experts, force=force)
     protect(target, sources.paths)
     more_of_opening: dict[str, bool] = {"merge_classifier": merge_classifier, "force": force}
     vectors = given = sources.open(allow_missing or (), exclude or (), **more_of_opening)

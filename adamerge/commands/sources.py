@@ -52,8 +52,13 @@ class Sources:
     paths: dict[str, Path]
 
     @classmethod
-    def find(cls, base: str, experts: Sequence[str]) -> "Sources":
+    def find(cls, base: str, experts: Sequence[str], *, force: bool = False) -> "Sources":
         """Find what was named, and compare the configurations that lie beside the weights.
+
+        Args:
+            base: The base, as the command line has it.
+            experts: NAME=PATH of each expert.
+            force: Warn of configurations that differ instead of refusing them.
 
         Raises:
             InputError: A name or path is wrong, or configurations differ.
@@ -64,7 +69,7 @@ class Sources:
             role: locate(path, role if role == "base" else f"expert {role!r}") for role, path in given.items()
         }
         found = cls(given, paths)
-        require_same_function(found.base, found.experts)
+        require_same_function(found.base, found.experts, force=force)
         for note in code_notes(paths):
             warnings.warn(note, AdamergeWarning, stacklevel=2)
         return found

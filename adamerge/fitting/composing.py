@@ -159,7 +159,7 @@ def open_vectors(
     for task, path in paths.items():
         require_no_code(path, f"expert {task!r}")
     backbone = open_backbone(base_path, classifiers=reads_classifiers(base_path, paths, tasks))
-    require_same_function(base_path, paths)
+    require_same_function(base_path, paths, force=force)
     state, read = open_checkpoint(base_path, role="base"), set(backbone.names)
     opened = {t: backbone.expert(path, f"expert {t!r}", state, open_expert) for t, path in paths.items()}
     vectors = TaskVectors.open(

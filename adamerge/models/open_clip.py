@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import PIL
 
+from adamerge.checkpoints.configs import DifferenceError
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
 from adamerge.models.base import ModuleBackbone, geometry_of
@@ -15,6 +17,17 @@ from adamerge.models.heads import Head
 from adamerge.models.libraries import open_clip_image_tower, open_clip_model, open_clip_tokenizer
 
 CONFIG = "open_clip_config.json"
+_OF_TRAINING = {  # no weight that is merged depends on them, once there are weights
+    *("patch_dropout", "timm_model_pretrained", "hf_model_pretrained", "timm_drop", "timm_drop_path"),
+    *(
+        "custom_text",
+        "output_tokens",
+        "init_logit_scale",
+        "init_logit_bias",
+        "cast_dtype",
+        "nonscalar_logit_scale",
+    ),
+}
 
 
 class OpenClipBackbone(ModuleBackbone):
@@ -95,19 +108,49 @@ def read_config(path: Path) -> dict[str, Any]:
 def require_same_configuration(base: Path, experts: Mapping[str, Path]) -> None:
     """Compare the configurations of base and expert folders; those that are in another format have none.
 
+    Absent keys mean open_clip's defaults.
+
     Raises:
-        InputError: Architecture, activation or preprocessing differ.
+        DifferenceError: Architecture, activation or preprocessing differ.
     """
     if not is_open_clip(base):
         return
-    expected = read_config(base)
+    ours = _effective(read_config(base))
+    differences: list[str] = []
     for task, expert in experts.items():
-        found = read_config(expert) if is_open_clip(expert) else expected
-        for part in ("model_cfg", "preprocess_cfg"):
-            for key in sorted(expected.get(part, {}).keys() | found.get(part, {}).keys()):
-                ours, theirs = (config.get(part, {}).get(key) for config in (expected, found))
-                if ours != theirs and bool(ours) + bool(theirs):
-                    raise InputError(
-                        f"{part}.{key} differs: base {ours!r}, expert {task!r} {theirs!r}.",
-                        "Experts must share the base's architecture, activation and preprocessing.",
-                    )
+        theirs = _effective(read_config(expert)) if is_open_clip(expert) else ours
+        differences += [
+            f"{key} differs: base {ours.get(key)!r}, expert {task!r} {theirs.get(key)!r}."
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+    if differences:
+        raise DifferenceError(differences)
+
+
+def _effective(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what open_clip reads in a configuration, by dotted key; settings of training are left out."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    model = dict(config.get("model_cfg") or {})
+    vision = asdict(CLIPVisionCfg()) | dict(model.pop("vision_cfg", None) or {})
+    text = asdict(CLIPTextCfg()) | dict(model.pop("text_cfg", None) or {})
+    images = merge_preprocess_dict(PreprocessCfg(), config.get("preprocess_cfg") or {})
+    images["size"] = vision["image_size"]  # as open_clip sets it, once the tower is made
+    parts = {"model_cfg": model, "preprocess_cfg": images}
+    parts |= {"model_cfg.vision_cfg": vision, "model_cfg.text_cfg": text}
+    return {
+        f"{part}.{key}": _pair(value) if key in ("size", "image_size") else _listed(value)
+        for part, settings in parts.items()
+        for key, value in settings.items()
+        if key not in _OF_TRAINING and (bool(value) or value == 0) and value is not False
+    }
+
+
+def _pair(size: Any) -> Any:
+    return [size, size] if isinstance(size, int) else _listed(size)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

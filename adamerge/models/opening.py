@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adamerge.checkpoints import locate, open_checkpoint, require_same_configuration
+from adamerge.checkpoints.configs import DifferenceError
 from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.errors import AdamergeWarning, InputError, shortlist
@@ -23,12 +24,30 @@ from adamerge.models.hf_dual import (
 )
 from adamerge.models.hf_encoder import HFEncoder, expects_classifiers, hf_encoder_heads, is_hf_encoder
 from adamerge.models.open_clip import OpenClipBackbone, is_open_clip, open_clip_activation, open_clip_heads
+from adamerge.models.processor import require_same_processors
 from adamerge.models.text_towers import own_text_towers, text_tower_folder
 from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
 from adamerge.models.tokenizers import require_same_tokenizers
 
 Tasks = Mapping[str, TaskSpec]
 Paths = Mapping[str, Path]
+
+
+def require_same_transformers(base: Path, experts: Mapping[str, Path]) -> None:
+    """Compare ``config.json`` and image processor of base and experts, as transformers reads them.
+
+    Raises:
+        DifferenceError: A setting differs, which is named with both values.
+        InputError: A file is damaged.
+    """
+    lines: list[str] = []
+    for compare in (require_same_configuration, require_same_processors):
+        try:
+            compare(base, experts)
+        except DifferenceError as error:
+            lines += str(error).splitlines()[:-1]
+    if lines:
+        raise DifferenceError(lines)
 
 
 class Format(NamedTuple):
@@ -52,7 +71,7 @@ class Format(NamedTuple):
     backbone: Callable[[Path, Collection[str]], ModuleBackbone]
     heads: Callable[[Path, Tasks, Paths], dict[str, Head]]
     activation: Callable[[Path], str | None] = lambda path: None
-    compare: Callable[[Path, Paths], None] = require_same_configuration
+    compare: Callable[[Path, Paths], None] = require_same_transformers
     normalize: bool = True
     classifiers: Callable[[Path, Collection[str]], ModuleBackbone] | None = None
     expects_classifiers: Callable[[Path, Paths, Tasks | None], bool] = lambda path, experts, tasks: False
@@ -253,24 +272,38 @@ def zero_shot_heads(path: str | Path, tasks: Mapping[str, TaskSpec]) -> dict[str
     return open_heads(path, tasks)
 
 
-def require_same_function(base: Path, experts: Mapping[str, Path]) -> None:
+def require_same_function(base: Path, experts: Mapping[str, Path], *, force: bool = False) -> None:
     """Compare what weights do not tell: activation, architecture, preprocessing, across formats.
 
     Experts that are plain files, or folders without configuration, are not judged.
 
+    Args:
+        base: The base.
+        experts: The experts by task name.
+        force: Warn of differences instead of refusing them.
+
     Raises:
-        InputError: A setting differs, which is named with both values.
+        DifferenceError: A setting differs, which is named with both values.
+        InputError: A file is damaged.
     """
+    row = _recognised(base)
+    for compare in (_require_same_activation, row.compare if row else require_same_transformers):
+        try:
+            compare(base, experts)
+        except DifferenceError as error:
+            if not force:
+                raise
+            for line in str(error).splitlines()[:-1]:
+                said = f"{line} By force, the base's setting stands."
+                warnings.warn(said, AdamergeWarning, stacklevel=2)
+
+
+def _require_same_activation(base: Path, experts: Mapping[str, Path]) -> None:
     ours = activation_of(base)
     for task, expert in experts.items():
         theirs = activation_of(expert)
         if ours and theirs and ours != theirs:
-            raise InputError(
-                f"activation differs: base {ours}, expert {task!r} {theirs}.",
-                "Weights compute something else under another activation: give a base of the expert's own.",
-            )
-    row = _recognised(base)
-    (row.compare if row else require_same_configuration)(base, experts)
+            raise DifferenceError([f"activation differs: base {ours}, expert {task!r} {theirs}."])
 
 
 def activation_of(path: Path) -> str | None:

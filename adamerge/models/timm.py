@@ -2,10 +2,14 @@
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adamerge.checkpoints import open_checkpoint
+from adamerge.checkpoints.configs import DifferenceError
 from adamerge.data.tasks import TaskSpec
 from adamerge.errors import InputError
 from adamerge.models.base import ImageTransform, geometry_of, image_mode, read_object
@@ -21,6 +25,7 @@ from adamerge.models.libraries import timm_model
 
 CONFIG = "config.json"
 _WRAPPED = "timm_model."  # before the names of a timm model that transformers has saved
+_GEOMETRY = {"input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"}
 
 
 class TimmBackbone(ClassifierBackbone):
@@ -58,26 +63,45 @@ def timm_heads(path: Path, tasks: Mapping[str, TaskSpec], experts: Mapping[str, 
 def require_same_timm(base: Path, experts: Mapping[str, Path]) -> None:
     """Compare the configurations of base and expert folders; experts that are plain files have none.
 
+    Absent keys mean timm's defaults: preprocessing is compared as timm resolves it, and where arguments of
+    the architecture differ, the models that timm makes of them are.
+
     Raises:
-        InputError: Architecture, arguments or preprocessing differ; classes may.
+        DifferenceError: Architecture, arguments or preprocessing differ; classes may.
     """
-    ours = _facts(base)
+    ours, differences = _facts(base), list[str]()
     for task, expert in experts.items():
-        theirs = _facts(expert) if is_timm(expert) else {}
-        for key in sorted(ours.keys() & theirs.keys()):
-            if ours[key] != theirs[key]:
-                raise InputError(
-                    f"{key} differs: base {ours[key]!r}, expert {task!r} {theirs[key]!r}.",
-                    "Experts must share the base's architecture and preprocessing.",
-                )
+        theirs = _facts(expert) if is_timm(expert) else ours
+        keys = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+        if "architecture" not in keys and not set(keys) & _GEOMETRY and keys and _are_equal(base, expert):
+            continue
+        differences += [
+            f"{key} differs: base {ours.get(key)!r}, expert {task!r} {theirs.get(key)!r}." for key in keys
+        ]
+    if differences:
+        raise DifferenceError(differences)
+
+
+def _are_equal(*folders: Path) -> bool:
+    """Compare models as timm makes them: their layers, and the settings that layers show."""
+    with torch.device("meta"):
+        first, second = (str(timm_model(folder, num_classes=N_CLASSES)) for folder in folders)
+    return first == second
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """Give what the function that the weights compute depends on."""
+    """Return what the function that the weights compute depends on, with timm's defaults."""
+    from timm.data.config import resolve_data_config
+    from timm.models import PretrainedCfg
+
     config = read_object(path / CONFIG)
-    cfg, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
-    geometry = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-    facts = {"architecture": config.get("architecture")} | {key: cfg[key] for key in geometry if key in cfg}
+    cfg, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    known = {field.name for field in fields(PretrainedCfg)}
+    settings = resolve_data_config(
+        pretrained_cfg=asdict(PretrainedCfg(**{k: v for k, v in cfg.items() if k in known}))
+    )
+    images = {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items() if key in _GEOMETRY}
+    facts = {"architecture": config.get("architecture")} | images
     return facts | {key: value for key, value in arguments.items() if key != "num_classes"}
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.errors import InputError
+from adamerge.models.opening import require_same_transformers
 
 CLIP: dict[str, Any] = {
     "model_type": "clip",
@@ -43,7 +43,7 @@ def changed(config: dict[str, Any], key: str, value: object) -> dict[str, Any]:
 
 def refused(base: Path, expert: Path) -> str:
     with pytest.raises(InputError) as caught:
-        require_same_configuration(base, {"cars": expert})
+        require_same_transformers(base, {"cars": expert})
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -85,12 +85,12 @@ def test_a_setting_that_changes_the_function_is_refused(
     ],
 )
 def test_a_setting_that_does_not_may_differ(base: Path, tmp_path: Path, key: str, value: object) -> None:
-    require_same_configuration(base, {"cars": write(tmp_path / "cars", config=changed(CLIP, key, value))})
+    require_same_transformers(base, {"cars": write(tmp_path / "cars", config=changed(CLIP, key, value))})
 
 
 def test_an_image_tower_is_compared_with_its_part_of_a_clip(base: Path, tmp_path: Path) -> None:
     tower = CLIP["vision_config"]
-    require_same_configuration(base, {"cars": write(tmp_path / "cars", config=tower)})
+    require_same_transformers(base, {"cars": write(tmp_path / "cars", config=tower)})
     assert "activation differs" in refused(
         base, write(tmp_path / "cars", config=changed(tower, "hidden_act", "gelu"))
     )
@@ -100,7 +100,7 @@ def test_an_image_tower_is_compared_with_its_part_of_a_clip(base: Path, tmp_path
 def test_models_that_transformers_cannot_build_are_compared_as_written(tmp_path: Path, kind: str) -> None:
     config = {"model_type": kind, "hidden_size": "large", "hidden_act": "silu"}
     base = write(tmp_path / "base", config=config)
-    require_same_configuration(base, {"cars": write(tmp_path / "cars", config=config | {"new": 1})})
+    require_same_transformers(base, {"cars": write(tmp_path / "cars", config=config | {"new": 1})})
     assert "activation differs: base 'silu', expert 'cars' 'gelu' (hidden_act)" in refused(
         base, write(tmp_path / "cars", config=config | {"hidden_act": "gelu"})
     )
@@ -121,23 +121,21 @@ def test_other_preprocessing_is_refused(
 
 def test_the_older_form_of_sizes_is_the_same(base: Path, tmp_path: Path) -> None:
     older = IMAGES | {"size": 224, "crop_size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}
-    require_same_configuration(base, {"cars": write(tmp_path / "cars", preprocessor_config=older)})
+    require_same_transformers(base, {"cars": write(tmp_path / "cars", preprocessor_config=older)})
 
 
 def test_all_differences_of_all_experts_are_told_at_once(base: Path, tmp_path: Path) -> None:
     other = changed(CLIP, "text_config.hidden_act", "gelu") | {"projection_dim": 9}
     experts = {task: write(tmp_path / task, config=other) for task in ("cars", "digits")}
     with pytest.raises(InputError) as caught:
-        require_same_configuration(base, experts)
+        require_same_transformers(base, experts)
     assert str(caught.value).count("differs") == 4
 
 
 def test_what_has_no_configuration_is_not_judged(base: Path, tmp_path: Path) -> None:
     (tmp_path / "cars.safetensors").touch()
-    require_same_configuration(
-        base, {"cars": tmp_path / "cars.safetensors", "dots": write(tmp_path / "dots")}
-    )
-    require_same_configuration(tmp_path / "cars.safetensors", {"dots": base})
+    require_same_transformers(base, {"cars": tmp_path / "cars.safetensors", "dots": write(tmp_path / "dots")})
+    require_same_transformers(tmp_path / "cars.safetensors", {"dots": base})
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
