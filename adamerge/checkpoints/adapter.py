@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from adamerge.checkpoints.hub import local_path
 from adamerge.checkpoints.lora import CONFIG, MERGE_HINT, WEIGHTS, Edit, read_edits
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, shortlist
-from adamerge.names import PREFIXES
 from adamerge.state import State, TensorInfo, info, is_mergeable
+
+Modules = Callable[[], Mapping[str, str]]
+_LOOKED_AT = 4  # names of an adapter by which prefixes are found
 
 
 class Adapter(Mapping[str, Tensor]):
@@ -27,17 +30,24 @@ class Adapter(Mapping[str, Tensor]):
     Args:
         root: The PEFT folder.
         base: The state that the adapter was trained on; its names stand.
+        modules: Returns the base's names by the names that the model's own library has for its tensors in
+            memory, after which PEFT names its tensors; asked where no names fit as they are.
+
+    Attributes:
+        changed: Names of the base's tensors that the adapter changes.
+        outside: Names of whole tensors that the adapter holds and the base lacks, as of a classifier.
 
     Raises:
         InputError: The folder is damaged, holds what is not reproduced here, or does not fit the base.
     """
 
-    def __init__(self, root: Path, base: State) -> None:
+    def __init__(self, root: Path, base: State, modules: Modules | None = None) -> None:
         self.root, self.files = root, (root / CONFIG, root / WEIGHTS)
         self._base = base
         self._tensors, edits = read_edits(root)
-        self._edits = _place(edits, base, self._tensors)
+        self._edits = _place(edits, base, self._tensors, modules)
         self.changed = tuple(name for name in base if name in self._edits)
+        self.outside = frozenset(name for name in self._edits if name not in base)
         _refuse_ties(base, [name for name in self.changed if self._edits[name].rank])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -49,18 +59,21 @@ class Adapter(Mapping[str, Tensor]):
         return self._wide(name) + self._change(name, edit)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
+        return chain(self._base, self.outside)
 
     def __len__(self) -> int:
-        return len(self._base)
+        return len(self._base) + len(self.outside)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._base
+        return name in self._base or name in self.outside
 
     def info(self, name: str) -> TensorInfo:
-        """Give the shape and dtype of a tensor without reading its values; changed ones are fp32."""
+        """Return the shape and dtype of a tensor without reading its values; changed ones are fp32."""
+        edit = self._edits.get(name)
+        if edit is not None and edit.saved:
+            return TensorInfo(self._tensors.info(edit.saved).shape, torch.float32)
         found = info(self._base, name)
-        return found._replace(dtype=torch.float32) if name in self._edits else found
+        return found if edit is None else found._replace(dtype=torch.float32)
 
     def delta(self, name: str) -> Float[Tensor, "..."] | None:
         """Give the adapter's change of a tensor in fp32, or None where it leaves the tensor alone."""
@@ -123,13 +136,14 @@ def fitted_base(root: Path, base: State, rows: Collection[str]) -> State:
     )
 
 
-def open_adapter(path: str | Path, base: State, *, role: str) -> Adapter:
+def open_adapter(path: str | Path, base: State, *, role: str, modules: Modules | None = None) -> Adapter:
     """Open a PEFT LoRA folder as an expert of `base`, without reading its tensors.
 
     Args:
         path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a hub id.
         base: The state that the adapter was trained on; all names may differ by one prefix.
         role: Who this is ("expert 'cars'"), for error messages.
+        modules: See `Adapter`.
 
     Raises:
         InputError: A file is missing or damaged, a setting changes weights in a way that is not
@@ -138,15 +152,21 @@ def open_adapter(path: str | Path, base: State, *, role: str) -> Adapter:
     """
     root = local_path(path, role)
     try:
-        return Adapter(root, base)
+        return Adapter(root, base, modules)
     except InputError as error:
         raise InputError(f"{role}: {error}") from error
 
 
-def _place(edits: Mapping[str, Edit], base: State, tensors: Checkpoint) -> dict[str, Edit]:
-    """Give the edits by the base's names, or one message of all that does not fit."""
+def _place(
+    edits: Mapping[str, Edit], base: State, tensors: Checkpoint, modules: Modules | None
+) -> dict[str, Edit]:
+    """Return the edits by the base's names, or one message of all that does not fit."""
     ways = _ways(list(edits), base)
     misfits = [list(_misfits(edits, way, base, tensors)) for way in ways]
+    if all(misfits) and modules is not None and (named := modules()):
+        own = [{n: named.get(m, m) for n, m in way.items()} for way in _ways(list(edits), named)]
+        ways += [way for way in own if len(set(way.values())) == len(way)]
+        misfits += [list(_misfits(edits, way, base, tensors)) for way in ways[len(misfits) :]]
     fitting = [way for way, problems in zip(ways, misfits, strict=True) if not problems]
     if not fitting:
         problems = min(misfits, key=len)
@@ -154,26 +174,44 @@ def _place(edits: Mapping[str, Edit], base: State, tensors: Checkpoint) -> dict[
             f"{len(problems)} of {len(edits)} changed tensors do not fit the base: {shortlist(problems)}.",
             "Give the base that the adapter was trained on.",
         )
-    if misfits[0] and len(fitting) > 1:
-        places = shortlist(next(iter(way.values())) for way in fitting)
-        raise InputError(f"its names fit the base in several places: {places}.", MERGE_HINT)
+    known = [sum(name in base for name in way.values()) for way in fitting]
+    fitting = [way for way, count in zip(fitting, known, strict=True) if count == max(known)]
+    places = dict.fromkeys(next(iter(way.values())) for way in fitting)
+    if misfits[0] and len(places) > 1:
+        raise InputError(f"its names fit the base in several places: {shortlist(places)}.", MERGE_HINT)
     placed = {fitting[0][name]: edit for name, edit in edits.items()}
-    return _turn({n: edit for n, edit in placed.items() if is_mergeable(info(base, n).dtype)}, base)
+    return _turn(
+        {n: e for n, e in placed.items() if n not in base or is_mergeable(info(base, n).dtype)}, base
+    )
 
 
-def _ways(names: list[str], base: State) -> list[dict[str, str]]:
+def _ways(names: list[str], base: Collection[str]) -> list[dict[str, str]]:
     """List where an adapter's names may stand in the base: as they are, or one prefix more or less."""
-    above = {other.removesuffix(names[0]) for other in base if other.endswith(f".{names[0]}")}
+    above = {
+        base_name.removesuffix(n)
+        for n in names[:_LOOKED_AT]
+        for base_name in base
+        if base_name.endswith(f".{n}")
+    }
+    inner = {n.removesuffix(b) for n in names[:_LOOKED_AT] for b in _ends(n) if b in base} - {""}
     ways = [tuple(names)]
-    ways += [tuple(prefix + name for name in names) for prefix in sorted(above.union(PREFIXES))]
-    ways += [tuple(name.removeprefix(prefix) for name in names) for prefix in PREFIXES]
+    ways += [tuple(prefix + name for name in names) for prefix in sorted(above)]
+    ways += [tuple(name.removeprefix(prefix) for name in names) for prefix in sorted(inner)]
     return [dict(zip(names, way, strict=True)) for way in dict.fromkeys(ways) if len(set(way)) == len(way)]
+
+
+def _ends(name: str) -> list[str]:
+    """List a name's dotted endings."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def _misfits(
     edits: Mapping[str, Edit], way: Mapping[str, str], base: State, tensors: Checkpoint
 ) -> Iterator[str]:
     for name, edit in edits.items():
+        if edit.saved and not edit.factors and _is_of_own_shape(way[name], edit, base, tensors):
+            continue  # a module of the adapter's own, whole: the audit of all experts judges it
         if way[name] not in base:
             yield f"{name} is not in the base"
             continue
@@ -184,6 +222,10 @@ def _misfits(
             yield f"{name} {list(edit.shape or saved)} vs base {list(shape)}"
         elif edit.factors and not is_mergeable(dtype):
             yield f"{name} is {dtype} in the base (dequantise it first)"
+
+
+def _is_of_own_shape(name: str, edit: Edit, base: State, tensors: Checkpoint) -> bool:
+    return bool(edit.saved) and (name not in base or info(base, name).shape != tensors.info(edit.saved).shape)
 
 
 def _turn(edits: dict[str, Edit], base: State) -> dict[str, Edit]:

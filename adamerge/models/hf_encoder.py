@@ -1,6 +1,6 @@
 """Hugging Face classifiers of images and texts, and sentence encoders, without their last layer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from adamerge.models.classifiers import (
     tensor_names,
 )
 from adamerge.models.heads import LAYERS, Head
-from adamerge.models.libraries import transformers_class, transformers_config, transformers_model
+from adamerge.models.libraries import transformers_class, transformers_config
+from adamerge.models.library_names import match_names
 from adamerge.models.own_layers import OwnLayers, OwnModel, split_own_layers
 from adamerge.models.processor import read_processor
 from adamerge.models.tokens import TextModel, is_sentence_encoder, read_pooling, read_tokenizer
-from adamerge.state import State, info
+from adamerge.state import State
 
 CONFIG = "config.json"
 
@@ -317,26 +318,7 @@ def match_names(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, st
         The model, without the floats of the state; from its tensors to the state's names; and which of its
         tensors the library joins or splits tensors for.
     """
-    names = list(state)
-    numbers = {name: _numbered(state, name, i) for i, name in enumerate(names, 1)}
-    model, report = transformers_model(transformers_class(kind, config), config, numbers)
-    lost = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    arrived = {n: t for n, t in model.state_dict().items() if n not in lost and t.is_floating_point()}
-    whole = {n: t for n, t in arrived.items() if not any(t.stride()) or t.numel() == 1}  # still one number
-    found = {name: _name_of(name, tensor, names) for name, tensor in whole.items()}
-    return model, {n: file for n, file in found.items() if file}, arrived.keys() - whole.keys()
-
-
-def _numbered(state: State, name: str, number: int) -> Tensor:
-    """Return a number in the shape of a tensor, without its memory; integers are returned as they are."""
-    shape, dtype = info(state, name)
-    return torch.tensor(float(number)).expand(shape) if dtype.is_floating_point else state[name]
-
-
-def _name_of(name: str, tensor: Tensor, names: Sequence[str]) -> str | None:
-    """Return whose number has arrived; its own name where the library has written zeros over it."""
-    number = int(tensor.flatten()[0]) if tensor.numel() else 0
-    return names[number - 1] if number else name if name in names else None
+    return match_names(transformers_class(kind, config), config, state)
 
 
 def require_whole(joined: Collection[str], source: Path) -> None:

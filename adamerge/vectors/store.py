@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.checkpoints import fitted_base, is_adapter, local_path, open_adapter, open_checkpoint
+from adamerge.checkpoints import is_adapter, local_path, open_adapter, open_checkpoint
 from adamerge.checkpoints.renaming import under_names_of
 from adamerge.compression import is_compressed, open_compressed
 from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
 from adamerge.models.last_layers import LastLayers, find_last_layers, folder_of, labelled_tensors
+from adamerge.models.library_names import module_names, under_library_names
 from adamerge.state import State, audit, matches, tied_names
 from adamerge.vectors.block import Block, Codec, Merge
 from adamerge.vectors.dense import CODEC_DTYPES, DenseCodec
@@ -289,10 +290,10 @@ def open_expert(source: Source, role: str, base: State, rows: Collection[str] = 
         return source
     path = local_path(source, role)
     if is_adapter(path):
-        return open_adapter(path, fitted_base(path, base, rows), role=role)
+        return open_adapter(path, base, role=role, modules=partial(module_names, base))
     if is_compressed(path):
         return open_compressed(path, base, role=role)
-    return under_names_of(base, open_checkpoint(path, role=role), role)
+    return under_library_names(base, under_names_of(base, open_checkpoint(path, role=role), role))
 
 
 def _warn_of_heads(base: State, experts: Mapping[str, State], patterns: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Task vectors that stay in their files: every walk reads base and experts again and subtracts in fp32."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from adamerge.vectors.origins import Origins
 
 _CHUNK = 2**19  # entries of all tasks together: a piece should stay in a core's cache
 _ZERO = torch.zeros(())
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @runtime_checkable
@@ -132,8 +133,10 @@ class StreamedBlock(PiecewiseBlock):
         """Read span by span, the vectors to the place that a span has."""
         sources = (self.origins.base, *self.origins.experts.values())
         readers = [_reader(state, self.name) for state in sources]
-        is_plain = [
-            r is not None and not isinstance(s, Deltas) for r, s in zip(readers, sources, strict=True)
+        stored = info(self.origins.base, self.name).dtype
+        kinds = [
+            None if r is None or isinstance(s, Deltas) else _rounding(stored, info(s, self.name).dtype)
+            for r, s in zip(readers, sources, strict=True)
         ]
         size, step = self._size, self._step
         base, is_new, norms = torch.empty(min(step, size)), self.name not in self.origins.base_norms, []
@@ -142,7 +145,7 @@ class StreamedBlock(PiecewiseBlock):
             rows, origin = place(span), base[: span.stop - start]
             for row, reader in zip((origin, *rows), readers, strict=True):
                 row.copy_(_ZERO if reader is None else reader[span])
-            _subtract(origin, rows, is_plain[1:])
+            _subtract(origin, rows, kinds[1:])
             if is_new:
                 norms.append(torch.cat([origin.norm()[None], torch.linalg.vector_norm(rows, dim=1)]))
             yield span, rows
@@ -236,14 +239,26 @@ def _prefetch(block: Block) -> None:
         block.prefetch()
 
 
-def _subtract(base: Tensor, rows: Tensor, is_plain: list[bool]) -> None:
-    """Turn the rows that hold an expert's values into differences; the others are differences already."""
-    if all(is_plain):
+def _rounding(base: torch.dtype, expert: torch.dtype) -> torch.dtype:
+    """Return the dtype to which the base is rounded before it is subtracted: a narrower expert's."""
+    return expert if expert != base and expert in _HALVES else torch.float32
+
+
+def _subtract(base: Tensor, rows: Tensor, kinds: Sequence[torch.dtype | None]) -> None:
+    """Turn the rows that hold an expert's values into differences; None stands for what is one already.
+
+    An expert in half precision was rounded when it was saved: what training did not touch equals the base
+    once that is rounded, too. Values of the base that half precision cannot hold are not rounded.
+    """
+    if all(kind is torch.float32 for kind in kinds):
         rows.sub_(base)
         return
-    for row, plain in zip(rows, is_plain, strict=True):
-        if plain:
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind is torch.float32:
             row.sub_(base)
+        elif kind is not None:
+            rounded = base.to(kind).float()
+            row.sub_(torch.where(rounded.isfinite(), rounded, base))
 
 
 def _reader(state: State, name: str) -> "SpanReader | Tensor | None":

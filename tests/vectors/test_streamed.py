@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import InputError
 from adamerge.state import State
-from adamerge.vectors import Block, streamed
+from adamerge.vectors import Block, TaskVectors, streamed
 from adamerge.vectors.dense import DenseBlock
 from adamerge.vectors.origins import Origins
 from adamerge.vectors.streamed import EditedBlock, StreamedBlock
@@ -73,7 +73,8 @@ def block(tmp_path: Path) -> StreamedBlock:
 
 def expected(block: StreamedBlock) -> DenseBlock:
     base = block.origins.base["w"]
-    files = [block.origins.experts[task]["w"].float() - base.float() for task in ("a", "b", "m")]
+    tensors = [block.origins.experts[task]["w"] for task in ("a", "b", "m")]
+    files = [tensor.float() - base.to(tensor.dtype).float() for tensor in tensors]
     return DenseBlock(base, torch.stack([*files, torch.zeros(SHAPE), torch.full(SHAPE, 0.25)]))
 
 
@@ -172,3 +173,29 @@ def test_a_file_that_is_cut_off_meanwhile_is_told(tmp_path: Path, monkeypatch: p
         stream.truncate(file.stat().st_size - 8)
     with pytest.raises(InputError, match="was cut off"):
         list(walk)
+
+
+class TestHalfPrecision:
+    """An expert in half precision is compared with the base as that precision has it."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("codec", ["stream", "fp32"])
+    def test_a_tensor_that_training_left_alone_has_no_vector(self, dtype: torch.dtype, codec: str) -> None:
+        base = {"w": torch.randn(SHAPE), "v": torch.randn(SHAPE)}
+        expert = {"w": base["w"].to(dtype), "v": (base["v"] + 1).to(dtype)}
+        vectors = TaskVectors.open(base, {"x": expert}, codec, force=True)
+        assert not vectors.blocks["w"].dense().any()
+        merged = vectors.merge(vectors.one_hot("x"))
+        assert torch.equal(merged["w"], base["w"])
+        assert_close(merged["v"], base["v"] + 1, atol=0.02, rtol=0.01)
+        assert vectors.origins.columns()["x"][vectors.names.index("w")] == 0
+
+    def test_what_half_precision_cannot_hold_is_not_rounded(self) -> None:
+        base, expert = {"w": torch.tensor([1e6, 1.0001])}, {"w": torch.tensor([60000.0, 2.0]).half()}
+        dense = TaskVectors.open(base, {"x": expert}, "stream", force=True).blocks["w"].dense()
+        assert_close(dense, torch.tensor([[60000.0 - 1e6, 1.0]]))
+
+    def test_a_wider_expert_is_compared_with_the_base_as_it_is(self) -> None:
+        base, expert = {"w": torch.ones(3).bfloat16()}, {"w": torch.ones(3) + 1e-5}
+        dense = TaskVectors.open(base, {"x": expert}, "stream").blocks["w"].dense()
+        assert_close(dense, torch.full((1, 3), 1e-5), atol=1e-7, rtol=0)
