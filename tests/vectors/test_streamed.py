@@ -188,7 +188,7 @@ class TestHalfPrecision:
         merged = vectors.merge(vectors.one_hot("x"))
         assert torch.equal(merged["w"], base["w"])
         assert_close(merged["v"], base["v"] + 1, atol=0.02, rtol=0.01)
-        assert vectors.origins.columns()["x"][vectors.names.index("w")] == 0
+        assert vectors.origins.vector_norms["w"] == [0.0]
 
     def test_what_half_precision_cannot_hold_is_not_rounded(self) -> None:
         base, expert = {"w": torch.tensor([1e6, 1.0001])}, {"w": torch.tensor([60000.0, 2.0]).half()}
