@@ -31,7 +31,7 @@ from adamerge.models.classifiers import (
 )
 from adamerge.models.heads import LAYERS, Head
 from adamerge.models.libraries import transformers_class, transformers_config
-from adamerge.models.library_names import match_names
+from adamerge.models.library_names import match_tensors
 from adamerge.models.own_layers import OwnLayers, OwnModel, split_own_layers
 from adamerge.models.processor import read_processor
 from adamerge.models.tokens import TextModel, is_sentence_encoder, read_pooling, read_tokenizer
@@ -318,7 +318,7 @@ def match_names(kind: Any, config: Any, state: State) -> tuple[Any, dict[str, st
         The model, without the floats of the state; from its tensors to the state's names; and which of its
         tensors the library joins or splits tensors for.
     """
-    return match_names(transformers_class(kind, config), config, state)
+    return match_tensors(transformers_class(kind, config), config, state)
 
 
 def require_whole(joined: Collection[str], source: Path) -> None:

@@ -18,7 +18,7 @@ from adamerge.models.libraries import transformers_class, transformers_config, t
 from adamerge.state import State, info, is_mergeable
 
 
-def match_names(family: Any, config: Any, state: State) -> tuple[Any, dict[str, str], set[str]]:
+def match_tensors(family: Any, config: Any, state: State) -> tuple[Any, dict[str, str], set[str]]:
     """Let a class of transformers load numbers in place of tensors.
 
     Files of other versions have other names, prefixes come and go, and only the library knows them all.
@@ -50,7 +50,7 @@ def module_names(base: State) -> dict[str, str]:
         base: A checkpoint; what is no folder of transformers has no such names.
     """
     family, config = _family_of(getattr(base, "root", None))
-    return match_names(family, config, base)[1] if family is not None else {}
+    return match_tensors(family, config, base)[1] if family is not None else {}
 
 
 def under_library_names(base: State, expert: Checkpoint) -> Checkpoint:
@@ -67,8 +67,8 @@ def under_library_names(base: State, expert: Checkpoint) -> Checkpoint:
     family, config = _family_of(getattr(base, "root", None))
     if family is None:
         return expert
-    ours = match_names(family, config, base)[1]
-    theirs = match_names(family, config, expert)[1]
+    ours = match_tensors(family, config, base)[1]
+    theirs = match_tensors(family, config, expert)[1]
     names = {file: theirs[module] for module, file in ours.items() if module in theirs}
     if len(names) <= sum(name in expert for name in base):
         return expert
