@@ -364,10 +364,8 @@ class RunCLI(LightningCLI):
     def _notes_of_heads(self) -> list[str]:
         """Say which tasks' heads are made with text towers that are not among the merged weights."""
         own = [task for task, head in self.model.heads.items() if head.own_tower]
-        told = (
-            f"heads of {shortlist(own)}: made with the experts' own text towers; the weights have the base's."
-        )
-        return [told[0].upper() + told[1:]] if own else []
+        text = "made with the experts' own text towers; among the weights is the base's."
+        return [f"Heads of {shortlist(own)}: {text}"] if own else []
 
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
@@ -375,6 +373,7 @@ class RunCLI(LightningCLI):
         kind: dict[str, Any] = {
             "routed": self.model.mixture is not None,
             "adapted": self.model.adapters is not None,
+            "notes": self._notes_of_heads(),
         }
         return provenance.model_card(sources, self.model.vectors.digests, config, row, **kind)
 

@@ -90,7 +90,9 @@ def test_individual_fit_card_and_predictions_agree(towers: Path, pictures: Path,
         assert fit(tmp_path / "b.yaml", tmp_path / "run") == 0
     merged = adamerge.load(tmp_path / "run" / "merged")
     assert_close(merged.heads["bars"].weight, expected(towers / "own"), atol=1e-5, rtol=1e-5)
-    assert "own text towers: bars" in (tmp_path / "run" / "merged" / "README.md").read_text()
+    assert (
+        "Heads of bars: made with the experts' own" in (tmp_path / "run" / "merged" / "README.md").read_text()
+    )
     kept = load_file(tmp_path / "run" / "merged" / WEIGHTS)
     assert torch.equal(kept["text_projection"], load_file(towers / "base" / WEIGHTS)["text_projection"])
 
