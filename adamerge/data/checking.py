@@ -135,9 +135,9 @@ def _label_problems(
     origin = Origin(rows.source.given, words=rows.names_are_words(column))
     if origin.words and not (spec.classes or (head and head.names)):
         return ()
-    images = Images(
-        torch.zeros(len(labels), 1, 1, dtype=torch.int64), labels, rows.class_names(column), origin=origin
-    )
+    is_text = bool(text_columns(rows, spec.columns, spec.image_column))
+    blank = torch.zeros(2, 1, dtype=torch.int64) if is_text else torch.zeros(3, 1, 1, dtype=torch.uint8)
+    images = Images(blank.expand(len(labels), *blank.shape), labels, rows.class_names(column), origin=origin)
     try:
         match_labels("", images, spec.classes, head)
     except DataError as error:

@@ -82,6 +82,12 @@ class Images(Dataset[dict[str, Tensor]]):
         """All images at once; those of a part are read into memory."""
         return self._whole if self._rows is None else self._whole[self._rows]
 
+    @property
+    def noun(self) -> str:
+        """What messages call them: "images", or "texts" where they are tokens with their mask."""
+        is_text = self._whole.dtype == torch.int64 and self._whole.shape[1] > 1
+        return "texts" if is_text else "images"
+
     def __len__(self) -> int:
         return len(self._whole if self._rows is None else self._rows)
 

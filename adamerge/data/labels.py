@@ -88,7 +88,7 @@ def match_labels(
     Raises:
         DataError: Numbers or names of classes differ, or a label is no class's.
     """
-    head = head or HeadClasses()
+    head, part = head or HeadClasses(), f"{part} {images.noun}"
     targets = head_names(task, classes, head)
     names, labels = images.class_names, images.labels
     if labels is None:
@@ -203,7 +203,7 @@ def _rows_of_words(
     assert labels is not None  # else nobody asks
     if not targets:
         raise DataError(
-            f"task {task!r}: labels of the {part} images are words ({shortlist(names)}), and nothing says "
+            f"task {task!r}: labels of the {part} are words ({shortlist(names)}), and nothing says "
             "which rows of the head they are.",
             "List the names as `classes`, in the order of the head's rows.",
         )
@@ -221,9 +221,9 @@ def _rows_of_words(
 def _other_number(
     task: str, names: Sequence[str], targets: Sequence[str], count: int, part: str
 ) -> DataError:
-    told = f"task {task!r} has {count} class names, its {part} images have {len(names)}"
+    told = f"task {task!r} has {count} class names, its {part} have {len(names)}"
     if not targets:
-        told = f"task {task!r}: the head has {count} rows, its {part} images have {len(names)} classes"
+        told = f"task {task!r}: the head has {count} rows, its {part} have {len(names)} classes"
         return DataError(f"{told} ({shortlist(names)}).", "Give images of the head's own classes.")
     pairs = enumerate(zip_longest(targets, names))
     i, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
@@ -239,8 +239,7 @@ def _require_labels(
         origin = images.origin
         where = f" (row {origin.row_of(image)} of {origin.source})" if origin.source else ""
         raise DataError(
-            f"task {task!r}: {part} images have label {int(labels[image])}, there are {count} class names"
-            f"{where}.",
+            f"task {task!r}: {part} have label {int(labels[image])}, there are {count} class names{where}.",
             _ORDER,
         )
 

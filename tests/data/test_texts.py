@@ -11,6 +11,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from adamerge.data.datasets import load_images
+from adamerge.data.labels import match_labels
 from adamerge.data.rows import open_rows
 from adamerge.data.sources import find_source
 from adamerge.data.texts import text_columns
@@ -153,3 +154,10 @@ def test_labels_of_a_csv_file_stand_beside_its_texts(tmp_path: Path) -> None:
     (batch,) = load(str(tmp_path / "rows.csv"))
     assert batch["labels"].tolist() == [1, 1]
     assert torch.equal(batch["images"][1], letters("one"))
+
+
+def test_messages_of_labels_speak_of_texts(tmp_path: Path) -> None:
+    source = written(tmp_path, text=TEXTS, label=[0, 1, 5])
+    texts = load_images(source, letters, labelled=True, role="task 'x'")
+    with pytest.raises(DataError, match="task 'x': test texts have label 5, there are 2 class names"):
+        match_labels("x", texts, ["bad", "good"])
