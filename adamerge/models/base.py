@@ -249,10 +249,19 @@ class ModuleBackbone:
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
     """Make a module whose parameters are on the meta device; buffers hold what its code computes.
 
-    The state of torch's random generator stays as it was.
+    Where the code computes with parameters while it makes the module, they have values at first. The state of
+    torch's random generator stays as it was.
     """
-    with torch.random.fork_rng(devices=[]), _hollow_parameters():
-        return make()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with _hollow_parameters():
+                return make()
+        except (RuntimeError, NotImplementedError):  # of operations on two devices
+            module = make()
+    for layer in module.modules():
+        for name, parameter in [*layer.named_parameters(recurse=False)]:
+            setattr(layer, name, nn.Parameter(parameter.detach().to("meta")))
+    return module
 
 
 @contextmanager

@@ -183,16 +183,16 @@ def make_classifier(kind: str, modality: str, n_classes: int, seed: int) -> Any:
     return randomised(model)
 
 
-def randomised(model: nn.Module) -> Any:
+def randomised(model: nn.Module, variance: float = 0.1, strength: float = 1.0) -> Any:
     """Move all values of a model away from their initial ones, as training does."""
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
-            parameter.add_(fan_in**-0.5 * torch.randn(parameter.shape))
+            parameter.add_(strength * fan_in**-0.5 * torch.randn(parameter.shape))
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.running_mean.normal_(0, 0.1)
-                layer.running_var.uniform_(0.05, 0.15)
+                layer.running_var.uniform_(0.5 * variance, 1.5 * variance)
     return model.eval()
 
 

@@ -54,7 +54,8 @@ REFUSED = dict.fromkeys(JOINED.split(), "transformers joins or splits the file's
     "tipsv2_vision_model": "transformers joins or splits the file's tensors",
 }
 DUAL_SAMPLE = "align altclip blip flava metaclip_2 siglip siglip_vision_model vision-text-dual-encoder"
-CONSTANT = "mobilevit mobilevitv2 mra"  # these tiny random ones score all inputs alike
+# these random ones score all inputs alike
+CONSTANT = "mobilevit mobilevitv2 mra cspnext_tiny efficientvit_b0 lcnetv2_small"
 
 
 def every(modality: str) -> list[Any]:
