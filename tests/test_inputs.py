@@ -199,3 +199,15 @@ def test_an_older_run_is_not_asked_for_options_of_today() -> None:
         place[part][name] = "e" if part == "experts" else {"adapt": "d"}
         with pytest.raises(adamerge.InputError, match=rf"{part}\.y"):
             require_same_inputs(before, more)
+
+
+def test_a_row_of_a_table_is_computed_again_after_a_changed_setting(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["bench", "run", "benchmark.yaml", "--methods", "average", "--out", "table"]
+    for told in ("average: done\n", "average: done before\n"):
+        assert main(run) == 0
+        assert told in capsys.readouterr().err
+    change("config.json", hidden_act="quick_gelu")()
+    assert main(run) == 0
+    assert "average: done before" not in capsys.readouterr().err

@@ -5,6 +5,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from adamerge.benchmarks.measuring import expert_statistics
 from adamerge.data.module import MultiTaskData
 from adamerge.evaluation import Evaluation, evaluate
-from adamerge.fitting import open_vectors, weight_digests
+from adamerge.fitting import model_settings, open_vectors, weight_digests
 from adamerge.models import Backbone, Head, ModuleBackbone, Statistics, open_heads, walk
 from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
@@ -52,6 +53,11 @@ class Models:
     def digests(self) -> dict[str, str]:
         """SHA-256 of base and experts."""
         return weight_digests(self.base, self.experts)
+
+    @cached_property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What lies beside the weights of base and experts and decides results."""
+        return model_settings(self.base, self.experts)
 
     @torch.no_grad()
     def evaluate(self, method: str) -> Evaluation:

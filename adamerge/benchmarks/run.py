@@ -23,7 +23,7 @@ from adamerge.benchmarks.files import (
 from adamerge.benchmarks.opened import BOUNDS, INDIVIDUAL, Models, is_static, measures
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest, shortlist
-from adamerge.fitting import LAST, pending, run
+from adamerge.fitting import LAST, class_names, pending, run
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console, print_line
 from adamerge.results import ResultRow, doubts, make_row, print_table, read_row, write_row, write_table
@@ -225,6 +225,7 @@ class Benchmark:
     def _stamp(self, method: str, extra: Sequence[str]) -> str:
         """Tell, as text, all that a row depends on."""
         inputs = [provenance.code_version(), self.models.digests, self.models.inputs(method)]
+        inputs += [self.models.settings, class_names(self.data.tasks)]
         parts = [self.text, *map(json.dumps, inputs)]
         if not is_static(method):
             parts += [self._method_file(method).read_text(encoding="utf-8")]

@@ -100,6 +100,7 @@ def evolve(
         judged = {name: digest for name, digest in inputs["data"].items() if not name.endswith(" test")}
         options: dict[str, Any] = {"method": method, "population": population, "sigma": sigma, "seed": seed}
         options |= {"state": folder / "search.pt", "inputs": [inputs["weights"], judged, asked, table.text]}
+        options |= {"settings": table.models.settings}
         found = search(task.fitness(), task.blocks, genome, generations, **options)
         flow, notes, details = task.selected(found)
         evaluation = table.models.accuracy(lambda _: task.weights, backbone=FlowBackbone(task.backbone, flow))

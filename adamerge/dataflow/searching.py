@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +49,7 @@ def search(
     seed: int = 0,
     state: Path | None = None,
     inputs: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Found:
     """Search for the path of least loss.
 
@@ -63,6 +64,7 @@ def search(
         seed: Seed of the points.
         state: A file that holds the search after each generation; a search that finds it goes on there.
         inputs: What the fitness depends on, as JSON writes it: another one refuses to go on.
+        settings: More of it, which searches of older versions have not kept and are not asked for.
 
     Raises:
         InputError: An option is out of its range, or the file is of another search.
@@ -77,6 +79,7 @@ def search(
     asked = [repr(genome), blocks, method, optimizer.size(genome.size), sigma, seed, inputs]
     run = _Run(fitness, partial(genome.flow, blocks), values, optimizer)
     run.key = _digest(json.dumps(asked, sort_keys=True))
+    run.settings = json.dumps(settings or {}, sort_keys=True)
     if state is not None and state.exists():
         run.resume(state)
     else:
@@ -101,7 +104,7 @@ class _Run:
         optimizer: CoefficientOptimizer,
     ) -> None:
         self.fitness, self.flow_of, self.values, self.optimizer = fitness, flow_of, values, optimizer
-        self.key, self.least = "", float("inf")
+        self.key, self.settings, self.least = "", "{}", float("inf")
         self.best = Flow("", ())
         self.losses: dict[str, float] = {}
         self.history: list[float] = []
@@ -118,7 +121,7 @@ class _Run:
 
     def save(self, file: Path) -> None:
         """Write all that the next generation depends on."""
-        saved = {name: getattr(self, name) for name in ("key", "least", "losses", "history")}
+        saved = {name: getattr(self, name) for name in ("key", "settings", "least", "losses", "history")}
         saved |= {"values": self.values.detach(), "optimizer": self.optimizer.state_dict()}
         with atomic_file(file) as temporary:
             torch.save(saved | {"best": json.dumps(self.best.document())}, temporary)
@@ -134,6 +137,11 @@ class _Run:
             if saved["key"] != self.key:
                 raise InputError(
                     f"{file} is of another search.", "Choose another folder, or remove the file."
+                )
+            if saved.get("settings", self.settings) != self.settings:
+                raise InputError(
+                    f"{file}: configurations of the models have changed since the search began.",
+                    "Restore them, choose another folder, or remove the file.",
                 )
             self.optimizer.load_state_dict(saved["optimizer"])
             self.best = Flow.read(json.loads(saved["best"]))

@@ -35,6 +35,7 @@ from adamerge.models.library_names import match_tensors
 from adamerge.models.own_layers import OwnLayers, OwnModel, split_own_layers
 from adamerge.models.processor import read_processor
 from adamerge.models.tokens import TextModel, is_sentence_encoder, read_pooling, read_tokenizer
+from adamerge.models.unread import require_all_read
 from adamerge.state import State
 
 CONFIG = "config.json"
@@ -101,6 +102,7 @@ class HFEncoder(ClassifierBackbone):
                 module, files, classifier, modality="text", preprocess=texts, transform_key=texts.key
             )
         self._own(own_model)
+        self.ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
 
     def expert(self, path: Path, role: str, base: State, opener: Opener) -> State:
         """Open an expert whose names may be of another version of transformers, or have another prefix."""
@@ -115,6 +117,7 @@ class HFEncoder(ClassifierBackbone):
         found = match_names(self.kind, self.config, state)[1]
         theirs = {file: found[name] for name, file in self.modules.items() if name in found}
         theirs |= self.classifier_in(state)
+        require_all_read([*found.values(), *theirs.values()], state, path, role, self.ignored)
         return state.renamed(theirs) if isinstance(state, Checkpoint) else Renamed(state, theirs)
 
     def opened(

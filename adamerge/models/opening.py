@@ -28,6 +28,7 @@ from adamerge.models.processor import require_same_processors
 from adamerge.models.text_towers import own_text_towers, text_tower_folder
 from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
 from adamerge.models.tokenizers import require_same_tokenizers
+from adamerge.models.unread import require_all_read
 
 Tasks = Mapping[str, TaskSpec]
 Paths = Mapping[str, Path]
@@ -162,6 +163,8 @@ def open_backbone(
             f"for: {shortlist(missing)}.",
             "Were configuration and weights saved together?",
         )
+    read = (*backbone.names, *backbone.unmerged)
+    require_all_read(read, names, path, "base", getattr(backbone, "ignored", ()))
     return backbone
 
 

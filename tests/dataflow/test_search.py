@@ -69,6 +69,13 @@ def test_a_resumed_search_is_the_uninterrupted_one(tmp_path: Path, method: Any) 
     assert run(6, method=method, state=tmp_path / "search.pt") == whole
     with pytest.raises(InputError, match="another search"):
         run(6, method=method, state=tmp_path / "search.pt", inputs="other images")
+    settings = {"base": {"config.json": {"hidden_act": "gelu"}}}
+    with pytest.raises(InputError, match="configurations of the models have changed"):
+        run(6, method=method, state=tmp_path / "search.pt", settings=settings)
+    saved = torch.load(tmp_path / "search.pt")
+    del saved["settings"]  # as older versions wrote it
+    torch.save(saved, tmp_path / "search.pt")
+    assert run(6, method=method, state=tmp_path / "search.pt", settings=settings) == whole
     (tmp_path / "search.pt").write_bytes(b"nothing")
     with pytest.raises(InputError, match="damaged"):
         run(6, method=method, state=tmp_path / "search.pt")
