@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from adamerge.checkpoints.diagnosis import PICKLES
+from adamerge.checkpoints.modules import read_modules
 
-MODULES = "modules.json"  # names the sub-folders of a sentence-transformers model
 _WEIGHTS = (  # in any library's form: the base's would be read in the place of the merged ones
     *(*PICKLES, ".safetensors", ".h5", ".keras", ".msgpack", ".gguf", ".ggml", ".npz", ".npy", ".ot"),
     *(".onnx", ".onnx_data", ".tflite", ".pb", ".mlmodel", ".mlpackage", ".pdparams", ".nemo", ".engine"),
@@ -49,7 +49,7 @@ def companions_of(source: Path) -> list[str]:
     entries = sorted(path for path in source.iterdir() if not path.name.startswith("."))
     names = [path.name for path in entries if path.is_file() and not _is_weights(path.name)]
     names = [name for name in names if name not in _OWN]
-    modules = _module_folders(source)
+    modules = module_folders(source)
     for path in entries:
         inner = sorted(_files_below(source, path.name)) if path.is_dir() else []
         if path.name in modules:
@@ -79,11 +79,8 @@ def _without_pickled_twins(names: list[str]) -> list[str]:
     return [name for name in names if name not in twins or not _is_weights(name)]
 
 
-def _module_folders(source: Path) -> set[str]:
-    """Name the sub-folders of a sentence-transformers model; paths that lead elsewhere are not its own."""
-    try:
-        modules = json.loads((source / MODULES).read_text(encoding="utf-8"))
-        paths = [PurePosixPath(module["path"]) for module in modules if module.get("path")]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return set()
+def module_folders(source: Path) -> set[str]:
+    """Return the sub-folders of a sentence-transformers model; paths that lead elsewhere are not its own."""
+    named = [module.get("path") for module in read_modules(source)]
+    paths = [PurePosixPath(path) for path in named if isinstance(path, str) and path]
     return {path.parts[0] for path in paths if not path.is_absolute() and ".." not in path.parts}

@@ -1,6 +1,7 @@
 """A merged classifier as a plain checkpoint of its library: one task's head, or the rows of all, put in."""
 
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from adamerge.atomic import atomic_folder, refuse_existing
-from adamerge.checkpoints import copy_companions, open_checkpoint, write_weights
-from adamerge.checkpoints.companions import MODULES
+from adamerge.checkpoints import copy_companions, open_checkpoint, transformer_folder, write_weights
+from adamerge.checkpoints.companions import module_folders
 from adamerge.checkpoints.configs import read_settings
+from adamerge.checkpoints.modules import MODULES
 from adamerge.errors import InputError, nearest, shortlist
 from adamerge.mixture.folder import DOCUMENT, load
 from adamerge.mixture.model import Mixture
@@ -61,8 +63,10 @@ def export_classifier(
     head, names = _chosen(mixture, task)
     write = _write_transformers if isinstance(backbone, HFEncoder) else _write_timm
     with atomic_folder(target, overwrite=overwrite) as made:
-        copy_companions(source, made)
-        for name in _OF_SENTENCES:  # a classifier is none
+        copy_companions(transformer_folder(source), made)
+        for name in (*_OF_SENTENCES, *module_folders(source)):  # a classifier is no sentence encoder
+            if (made / name).is_dir():
+                shutil.rmtree(made / name)
             (made / name).unlink(missing_ok=True)
         write(made, source, backbone, head, names)
         title = " and ".join(mixture.heads) if task == ALL else task or next(iter(mixture.heads))
@@ -135,7 +139,7 @@ def _names_of_rows(tasks: list[str], mixture: Mixture) -> list[str]:
 
 def _write_transformers(made: Path, source: Path, backbone: Any, head: Head, names: list[str]) -> None:
     """Let transformers save its own model, whose values are the merged ones and the head's."""
-    state, config = open_checkpoint(source, role="model"), transformers_config(source)
+    state, config = open_checkpoint(source, role="model"), transformers_config(transformer_folder(source))
     config.id2label = dict(enumerate(names))
     config.label2id = {name: row for row, name in reversed([*enumerate(names)])}
     config.problem_type = None  # softmax over the rows, as adamerge computes it

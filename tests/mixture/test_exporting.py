@@ -148,6 +148,38 @@ def test_timm_reads_its_own(kind: str, tmp_path: Path) -> None:
     assert settings["label_names"] == ["mood: 0", "mood: 1", "colour: 0", "colour: 1", "colour: 2"]
 
 
+def test_a_run_on_a_sentence_encoder_becomes_a_plain_classifier(tmp_path: Path) -> None:
+    write_hf(tmp_path / "base", make_hf(texts("Bert"), auto="AutoModel"))
+    parts = {"": "Transformer", "1_Pooling": "Pooling"}
+    kinds = [{"path": p, "type": f"sentence_transformers.models.{kind}"} for p, kind in parts.items()]
+    (tmp_path / "base" / "modules.json").write_text(json.dumps(kinds))
+    (tmp_path / "base" / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+    (tmp_path / "base" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in INPUTS["text"]))
+    for seed, (task, names) in enumerate(CLASSES.items(), 1):
+        write_hf(tmp_path / task, named(make_hf(texts("Bert"), len(names), seed), names))
+    tasks = {task: {"adapt": str(tmp_path / "texts.jsonl")} for task in CLASSES}
+    model = {
+        "base": str(tmp_path / "base"),
+        "experts": {t: str(tmp_path / t) for t in CLASSES},
+        "force": True,
+    }
+    document = {"model": model, "data": {"batch_size": 2, "holdout": 0.0, "tasks": tasks}}
+    (tmp_path / "b.yaml").write_text(json.dumps(document | {"trainer": {"max_steps": 1}}))
+    more = ["--run_dir", str(tmp_path / "run"), "--evaluate_experts", "false"]
+    assert main(["fit", "--config", str(tmp_path / "b.yaml"), *more]) == 0
+    assert main(["export", str(tmp_path / "run"), "--task", "colour", "--out", str(tmp_path / "plain")]) == 0
+    ours = adamerge.load(tmp_path / "run" / "merged")
+    expected = ours.logits(ours.batch(INPUTS["text"]), "colour")
+    assert_close(logits(tmp_path / "plain", INPUTS["text"]), expected, atol=1e-5, rtol=1e-5)
+    assert not (tmp_path / "plain" / "modules.json").exists()
+    assert not (tmp_path / "plain" / "1_Pooling").exists()
+    assert [*transformers.AutoConfig.from_pretrained(tmp_path / "plain").id2label.values()] == CLASSES[
+        "colour"
+    ]
+
+
 class TestRefusals:
     def test_tasks(self, tmp_path: Path) -> None:
         model = merged(tmp_path, "Roberta without its own layers")
