@@ -240,7 +240,7 @@ def _require_labels(
         where = f" (row {origin.row_of(image)} of {origin.source})" if origin.source else ""
         raise DataError(
             f"task {task!r}: {part} have label {int(labels[image])}, there are {count} class names{where}.",
-            _ORDER,
+            "Labels count from 0, one for each row of the head: give data of its classes.",
         )
 
 

@@ -87,8 +87,12 @@ class Rows:
         if _are_words(values):
             rows = {name: row for row, name in enumerate(self.class_names(column))}
             return torch.tensor([rows[value] for value in values])
+        begins_with_a_word = _are_words(values[:1])
         for row, value in enumerate(values):
-            problem = _label_problem(value, hidden)
+            if begins_with_a_word:
+                problem = "" if _are_words([value]) else "are words elsewhere"
+            else:
+                problem = _label_problem(value, hidden)
             if problem:
                 raise DataError(
                     f"{self.role}: the labels of {self.source.given} {problem}: row {row} has {value!r}.",

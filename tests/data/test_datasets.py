@@ -188,7 +188,8 @@ class TestRefusals:
         ("labels", "problem"),
         [
             ([0, None], "are no numbers: row 1 has None"),
-            (["cat", None], "are no numbers: row 0 has 'cat'"),
+            (["cat", None], "are words elsewhere: row 1 has None"),
+            (["cat", ""], "are words elsewhere: row 1 has ''"),
             ([0, -1], "are negative, as those of unlabelled rows are: row 1 has -1"),
             ([0.0, 1.5], "are no whole numbers: row 1 has 1.5"),
             ([0.0, float("nan")], "are no whole numbers: row 1 has nan"),
