@@ -227,3 +227,41 @@ def test_a_constant_sample_is_no_proof() -> None:
     assert tied_names({"a": sparse, "b": sparse.clone()}, {}) == {"b": "a"}
     assert tied_names({"a": sparse, "b": torch.zeros(64, 64)}, {}) == {}
     assert tied_names({"a": torch.zeros(2, 2), "b": -torch.zeros(2, 2)}, {}) == {}
+
+
+ONE, MATRIX = torch.ones(1), torch.ones(2, 2)
+CODES = {
+    "GPTQ and AWQ": {"l.qweight": MATRIX.int(), "l.qzeros": ONE.int(), "l.scales": torch.ones(2)},
+    "bitsandbytes int8": {"l.weight": MATRIX.char(), "l.SCB": torch.ones(2)},
+    "bitsandbytes 4-bit": {"l.weight": torch.ones(4, 1).byte(), "l.weight.absmax": ONE},
+    "fp8 with scales": {"l.weight": MATRIX.to(torch.float8_e4m3fn), "l.weight_scale_inv": ONE},
+    "compressed-tensors": {"l.weight_packed": torch.ones(2, 1).int(), "l.weight_scale": ONE},
+    "HQQ": {"l.W_q": MATRIX.byte(), "l.scale": ONE},
+    "integer codes of an unknown method": {"l.weight": MATRIX.short()},
+}
+
+
+class TestQuantised:
+    @pytest.mark.parametrize("kind", CODES)
+    @pytest.mark.parametrize("side", ["both", "expert", "base"])
+    def test_codes_are_refused_on_either_side(self, kind: str, side: str) -> None:
+        full = {"n.weight": torch.ones(2), "l.weight": torch.ones(2, 2)}
+        coded = {"n.weight": torch.ones(2), **CODES[kind]}
+        expert = {n: t + 1 if t.dtype in (torch.float32, torch.int32) else t for n, t in coded.items()}
+        told = refused(full if side == "expert" else coded, full if side == "base" else expert)
+        assert "quantised" in told
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.uint8])
+    def test_what_no_merge_changes_may_not_differ(self, dtype: torch.dtype) -> None:
+        ours = {"w": torch.ones(2), "codes": torch.ones(4).to(dtype), "count": torch.tensor(1)}
+        theirs = {"w": torch.zeros(2), "codes": torch.ones(4).to(dtype), "count": torch.tensor(9)}
+        assert audit(ours, {"x": theirs}) == ("w",)
+        theirs["codes"] = 2 * theirs["codes"]
+        told = refused(ours, theirs)
+        assert f"1 tensors of {dtype} differ from the base" in told
+        assert "--exclude codes" in told
+        assert audit(ours, {"x": theirs}, exclude=["codes"]) == ("w",)
+
+    def test_integers_that_one_side_lacks_do_no_harm(self) -> None:
+        plain, ids = {"w": torch.ones(2)}, {"table": torch.arange(4)}
+        assert audit(plain | ids, {"x": plain}) == audit(plain, {"x": plain | ids}) == ("w",)

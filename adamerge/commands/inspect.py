@@ -25,6 +25,7 @@ def inspect(
     allow_missing: list[str] | None = None,
     exclude: list[str] | None = None,
     rank: bool = True,
+    force: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Look at a base and its experts: all that a merge would refuse, and what the task vectors are like.
@@ -41,6 +42,8 @@ def inspect(
         allow_missing: Patterns of tensor names that experts may lack; the base's values stand.
         exclude: Patterns of tensor names that stay the base's, whatever the experts hold.
         rank: Measure the effective ranks of all matrices, which takes far longer than everything else.
+        force: Report as notes what `merge --force true` accepts: experts that look as if they came from
+            another base, and settings that differ.
         overwrite: Replace the folder if it exists.
     """
     sources = {task: _located(path, task) for task, path in parse_experts(experts).items()}
@@ -48,7 +51,12 @@ def inspect(
         refuse_existing(Path(out), overwrite=overwrite)
         require_matplotlib()
     report = inspection.inspect(
-        locate(base, "base"), sources, allow_missing=allow_missing or (), exclude=exclude or (), rank=rank
+        locate(base, "base"),
+        sources,
+        allow_missing=allow_missing or (),
+        exclude=exclude or (),
+        rank=rank,
+        force=force,
     )
     if out is not None:
         write(report, Path(out), overwrite=overwrite)

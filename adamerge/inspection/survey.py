@@ -8,6 +8,7 @@ from glob import escape
 from pathlib import Path
 
 from adamerge.checkpoints import Adapter
+from adamerge.checkpoints.configs import DifferenceError
 from adamerge.checkpoints.foreign_code import code_notes
 from adamerge.errors import InputError, shortlist
 from adamerge.inspection.checks import (
@@ -40,6 +41,7 @@ def inspect(
     allow_missing: Sequence[str] = (),
     exclude: Sequence[str] = (),
     rank: bool = True,
+    force: bool = False,
 ) -> Report:
     """Look at a base and its experts; one parameter is in memory at a time.
 
@@ -49,6 +51,7 @@ def inspect(
         allow_missing: Patterns of tensor names that experts may lack.
         exclude: Patterns of tensor names that stay the base's.
         rank: Whether to measure the ranks of all matrices, which costs far more than everything else.
+        force: Whether what a merge accepts by force is a note rather than a problem.
 
     Raises:
         InputError: The base cannot be read, or a task name cannot be a file name.
@@ -66,14 +69,19 @@ def inspect(
     exclude = (*exclude, *map(escape, layers.kept))
     problems += contradictions
     patterns = {"allow_missing": allow_missing, "exclude": exclude}
-    problems += [*_configuration_problems(base, experts), *audit_problems(ours, states, **patterns)]
+    told = list(_configuration_problems(base, experts))
+    forced = [line for line, may_be_forced in told if force and may_be_forced]
+    problems += [line for line, _ in told if line not in forced]
+    problems += audit_problems(ours, states, **patterns)
     rows = [r for role, s in {"base": ours, **states}.items() for r in misfits(role, ours, s, **patterns)]
     walk = Walk.of(comparable(ours, states, rows, exclude), rank=rank)
+    walk.vectors.origins.force = force
     vectors, ratios = walk.vectors, walk.vectors.origins.ratios()
     return Report(
         tasks=vectors.tasks,
         problems=(*problems, *nonfinite_problems(walk.nonfinite), *_origin_problems(walk)),
         notes=(
+            *(f"accepted by force: {line}" for line in forced),
             *_notes_of_classifiers(layers),
             *_notes(walk, states),
             *code_notes(_folders(base, experts)),
@@ -124,14 +132,14 @@ def _open_all(
     return states, problems
 
 
-def _configuration_problems(base: Source, experts: Mapping[str, Source]) -> Iterator[str]:
-    """Say where the configuration beside an expert's weights differs from the base's."""
+def _configuration_problems(base: Source, experts: Mapping[str, Source]) -> Iterator[tuple[str, bool]]:
+    """List where configurations beside the weights differ, and whether force accepts it."""
     for task, expert in experts.items():
         if isinstance(base, str | Path) and isinstance(expert, str | Path):
             try:
                 require_same_function(Path(base), {task: Path(expert)})
             except InputError as error:
-                yield one_line(error)
+                yield one_line(error), isinstance(error, DifferenceError)
 
 
 def _origin_problems(walk: Walk) -> list[str]:

@@ -15,6 +15,7 @@ from adamerge.checkpoints import hub, is_adapter, open_checkpoint
 from adamerge.checkpoints.adapter import open_adapter
 from adamerge.errors import InputError
 from adamerge.state import LazyState, audit
+from adamerge.vectors.store import open_expert
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -401,3 +402,51 @@ def test_a_damaged_folder_is_refused_with_its_reason(damage: str, folder: Path, 
     spoil(folder)
     with pytest.raises(InputError, match=f"expert 'cars': .*{message}"):
         open_adapter(folder, base, role="expert 'cars'")
+
+
+class TestNamesOfTheLibrary:
+    """PEFT names tensors as today's modules are named, and files have older names."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        root = tmp_path / "vit"
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)
+        transformers.ViTForImageClassification(config).save_pretrained(root / "base")
+        return root
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"use_rslora": True, "rank_pattern": {".*q_proj": 3}},
+            {"use_dora": True},
+            {"modules_to_save": ["classifier"]},
+        ],
+        ids=str,
+    )
+    def test_an_adapter_is_what_peft_merges(
+        self, root: Path, tmp_path: Path, settings: dict[str, Any]
+    ) -> None:
+        model = transformers.ViTForImageClassification.from_pretrained(root / "base")
+        train(model, tmp_path / "lora", target_modules=["q_proj", "fc1"], **settings)
+        whole = transformers.ViTForImageClassification.from_pretrained(root / "base")
+        merged = peft.PeftModel.from_pretrained(whole, tmp_path / "lora").merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        base = open_checkpoint(root / "base")
+        expert = open_expert(tmp_path / "lora", "expert 'x'", base)
+        expected = load_file(tmp_path / "merged" / "model.safetensors")
+        assert set(expert) == set(expected)
+        for name, tensor in expected.items():
+            assert_close(expert[name], tensor)
+
+    def test_a_classifier_of_other_classes_is_left_to_the_audit(self, root: Path, tmp_path: Path) -> None:
+        model = transformers.ViTForImageClassification.from_pretrained(
+            root / "base", num_labels=5, ignore_mismatched_sizes=True
+        )
+        train(model, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["classifier"])
+        base = open_checkpoint(root / "base")
+        expert = open_expert(tmp_path / "lora", "expert 'x'", base)
+        with pytest.raises(InputError, match="differ from the base in shape: classifier"):
+            audit(base, {"x": expert})
+        assert audit(base, {"x": expert}, exclude=["classifier.*"])

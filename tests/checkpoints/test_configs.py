@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from adamerge.errors import InputError
-from adamerge.models.opening import require_same_transformers
+from adamerge.errors import AdamergeWarning, InputError
+from adamerge.models.opening import require_same_function, require_same_transformers
 
 CLIP: dict[str, Any] = {
     "model_type": "clip",
@@ -142,3 +142,127 @@ def test_what_has_no_configuration_is_not_judged(base: Path, tmp_path: Path) -> 
 def test_a_damaged_file_is_named(base: Path, tmp_path: Path, text: str) -> None:
     (write(tmp_path / "cars") / "config.json").write_text(text)
     assert "config.json is no JSON object.\nDownload it again" in refused(base, tmp_path / "cars")
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+class TestDefaultsAndForce:
+    def test_a_longest_input_is_a_warning_where_positions_are_rotated(self, tmp_path: Path) -> None:
+        base = write(tmp_path / "base", config=LLAMA)
+        expert = write(tmp_path / "x", config=LLAMA | {"max_position_embeddings": 32})
+        with pytest.warns(AdamergeWarning, match="max_position_embeddings differs: base 64, expert 'x' 32"):
+            require_same_transformers(base, {"x": expert})
+
+    def test_a_longest_input_by_which_positions_are_scaled_is_refused(self, tmp_path: Path) -> None:
+        scaled = LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+        base = write(tmp_path / "base", config=scaled)
+        expert = write(tmp_path / "x", config=scaled | {"max_position_embeddings": 32})
+        assert "max_position_embeddings differs" in refused(base, expert)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_attention_heads": 4},
+            {"rms_norm_eps": 1e-3},
+            {"rope_theta": 5e5},
+            {"hidden_act": "gelu"},
+            {"attention_bias": True},
+        ],
+        ids=str,
+    )
+    def test_what_changes_the_function_is_refused_and_force_warns(
+        self, tmp_path: Path, change: dict[str, Any]
+    ) -> None:
+        base, expert = write(tmp_path / "base", config=LLAMA), write(tmp_path / "x", config=LLAMA | change)
+        with pytest.raises(InputError, match="differs: base .*\n.*--force true"):
+            require_same_function(base, {"x": expert})
+        with pytest.warns(AdamergeWarning, match="By force, the base's setting stands"):
+            require_same_function(base, {"x": expert}, force=True)
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"rope_theta": 10000.0}, {"temperature": 0.7}, {"use_cache": False}, {"rms_norm_eps": 1e-6}],
+        ids=str,
+    )
+    def test_defaults_and_settings_of_generation_may_be_written_or_not(
+        self, tmp_path: Path, change: dict[str, Any]
+    ) -> None:
+        base, expert = write(tmp_path / "base", config=LLAMA), write(tmp_path / "x", config=LLAMA | change)
+        require_same_function(base, {"x": expert})
+
+
+class TestProcessors:
+    """What transformers' own processors do is compared, not what their files say."""
+
+    OLD: ClassVar[dict[str, Any]] = {"do_normalize": True, "do_resize": True, "size": 16}
+    OLD |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    NEW: ClassVar[dict[str, Any]] = OLD | {"size": {"height": 16, "width": 16}, "resample": 2}
+
+    @pytest.mark.parametrize(
+        ("kind", "more"),
+        [
+            ("ViTImageProcessor", {}),
+            ("ViTImageProcessorFast", {}),
+            ("ViTFeatureExtractor", {}),
+            ("ViTImageProcessor", {"do_rescale": True, "rescale_factor": 1 / 255}),
+            ("ViTImageProcessor", {"do_convert_rgb": None}),
+        ],
+    )
+    def test_one_processor_is_written_in_many_ways(
+        self, tmp_path: Path, kind: str, more: dict[str, Any]
+    ) -> None:
+        vit = {"model_type": "vit"}
+        base = write(tmp_path / "base", config=vit, preprocessor_config=self.OLD)
+        new = self.NEW | {"image_processor_type": kind} | more
+        require_same_transformers(base, {"x": write(tmp_path / "x", config=vit, preprocessor_config=new)})
+
+    @pytest.mark.parametrize(
+        "change", [{"size": {"height": 20, "width": 20}}, {"resample": 0}, {"image_mean": [0.4] * 3}], ids=str
+    )
+    def test_what_comes_out_otherwise_is_refused(self, tmp_path: Path, change: dict[str, Any]) -> None:
+        vit = {"model_type": "vit"}
+        base = write(tmp_path / "base", config=vit, preprocessor_config=self.OLD)
+        expert = write(tmp_path / "x", config=vit, preprocessor_config=self.NEW | change)
+        assert f"{next(iter(change))} differs: base " in refused(base, expert)
+
+
+class TestOpenClip:
+    MODEL: ClassVar[dict[str, Any]] = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "patch_size": 8},
+        "text_cfg": {"width": 8, "heads": 2, "layers": 1},
+    }
+
+    def write(self, folder: Path, preprocess: dict[str, Any], **model: Any) -> Path:
+        document = {"model_cfg": self.MODEL | model, "preprocess_cfg": preprocess}
+        return write(folder, open_clip_config=document)
+
+    def test_absent_keys_mean_the_librarys_defaults(self, tmp_path: Path) -> None:
+        base = self.write(tmp_path / "base", {})
+        whole = {"size": [32, 32], "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+        vision = self.MODEL["vision_cfg"] | {"mlp_ratio": 4.0, "head_width": 64, "patch_dropout": 0.5}
+        require_same_function(
+            base, {"x": self.write(tmp_path / "x", whole, vision_cfg=vision, quick_gelu=False)}
+        )
+
+    @pytest.mark.parametrize(
+        ("preprocess", "model", "key"),
+        [
+            ({"interpolation": "bilinear"}, {}, "preprocess_cfg.interpolation"),
+            ({"resize_mode": "squash"}, {}, "preprocess_cfg.resize_mode"),
+            ({"mean": [0.5] * 3}, {}, "preprocess_cfg.mean"),
+            (
+                {},
+                {"vision_cfg": MODEL["vision_cfg"] | {"pool_type": "avg"}},
+                "vision_cfg.pool_type",
+            ),
+            ({}, {"quick_gelu": True}, "activation"),
+        ],
+    )
+    def test_other_settings_are_refused(
+        self, tmp_path: Path, preprocess: dict[str, Any], model: dict[str, Any], key: str
+    ) -> None:
+        base, expert = self.write(tmp_path / "base", {}), self.write(tmp_path / "x", preprocess, **model)
+        with pytest.raises(InputError, match=f"{key} differs: base"):
+            require_same_function(base, {"x": expert})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from adamerge.checkpoints import Checkpoint, SpanReader, open_checkpoint
 from adamerge.checkpoints.renaming import prefix_of, under_names_of
-from adamerge.errors import InputError
+from adamerge.errors import AdamergeWarning, InputError
 from adamerge.names import PREFIXES
 from adamerge.vectors import TaskVectors
 
@@ -23,7 +24,7 @@ def state(seed: int = 0) -> dict[str, Tensor]:
 
 
 def written(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    save_file(dict(tensors), path)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
     return open_checkpoint(path)
 
 
@@ -111,3 +112,98 @@ def test_a_misfit_is_told_in_the_bases_names(tmp_path: Path) -> None:
     written(tmp_path / "x.safetensors", tensors)
     with pytest.raises(InputError, match=r"differ from the base in shape: layers.0.fc.weight \[4, 2\]"):
         TaskVectors.open(state(), {"x": tmp_path / "x.safetensors"})
+
+
+def tensors(*names: str, seed: int = 0) -> dict[str, Tensor]:
+    """Make tensors that have nothing in common but their names."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(2 + len(name) % 3, 3, generator=generator) for name in names}
+
+
+class TestOtherDialects:
+    """No list of prefixes: names and shapes of both sides tell."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda name: f"_orig_mod.{name}",
+            lambda name: f"module._orig_mod.{name}",
+            lambda name: f"base_model.model.{name}",
+            lambda name: f"a_prefix_of_nobody.{name}",
+            lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+            lambda name: f"module.{name.replace('layers.0.', 'layers.0._checkpoint_wrapped.')}",
+        ],
+    )
+    def test_prefixes_and_wrappers_are_found_on_either_side(self, tmp_path: Path, change: Any) -> None:
+        plain = tensors("stem.weight", "layers.0.fc.weight", "layers.0.fc.bias", "norm.weight")
+        other = {change(name): tensor for name, tensor in plain.items()}
+        assert set(under_names_of(plain, written(tmp_path / "a", other))) == set(plain)
+        expert = under_names_of(other, written(tmp_path / "b", plain))
+        assert set(expert) == set(other)
+        assert expert.dialect
+
+    def test_a_prefix_in_place_of_another(self, tmp_path: Path) -> None:
+        plain = tensors("layers.0.fc.weight", "layers.1.fc.weight", "norm.weight")
+        expert = written(tmp_path / "x", prefixed(plain, "vit."))
+        found = under_names_of(prefixed(plain, "deit."), expert)
+        assert set(found) == set(prefixed(plain, "deit."))
+        assert found.dialect == "without the prefix 'vit.', with the prefix 'deit.'"
+
+    def test_names_that_fit_in_two_places_are_refused(self, tmp_path: Path) -> None:
+        plain = tensors("layers.0.fc.weight", "norm.weight")
+        base = prefixed(plain, "left.") | prefixed(plain, "right.")
+        with pytest.raises(InputError, match=r"may be 'left.layers.0.fc.weight', 'right.layers.0.fc.weight'"):
+            under_names_of(base, written(tmp_path / "x", plain), "expert 'x'")
+
+    def test_a_prefix_that_only_a_head_has_means_nothing(self, tmp_path: Path) -> None:
+        body = tensors("body.a.weight", "body.b.weight", "body.c.weight")
+        base = body | {"lm_head.dense.weight": torch.ones(7, 7)}
+        expert = written(tmp_path / "x", body | {"classifier.dense.weight": torch.ones(7, 7)})
+        assert set(under_names_of(base, expert)) == set(expert)
+
+    @pytest.mark.parametrize("headed", ["base", "expert"])
+    def test_a_head_of_one_side_is_left_out_with_a_warning(self, tmp_path: Path, headed: str) -> None:
+        plain = tensors("layers.0.fc.weight", "layers.1.fc.weight", "norm.weight", "stem.weight")
+        whole = prefixed(plain, "bert.") | {"classifier.weight": torch.ones(2, 3)}
+        base, other = (whole, plain) if headed == "base" else (plain, whole)
+        written(tmp_path / "x", {name: tensor + 0.1 for name, tensor in other.items()})
+        said = "has no classifier.weight" if headed == "base" else "has classifier.weight, which"
+        with pytest.warns(AdamergeWarning, match=said):
+            vectors = TaskVectors.open(base, {"x": tmp_path / "x"})
+        assert len(vectors.names) == 4
+        pattern = {"allow_missing": ["classifier.*"], "exclude": ["classifier.*"]}
+        TaskVectors.open(base, {"x": tmp_path / "x"}, **pattern)  # named, so not told
+
+    def test_a_part_of_the_body_may_not_be_missing(self, tmp_path: Path) -> None:
+        plain = tensors("layers.0.fc.weight", "layers.1.fc.weight", "layers.2.fc.weight", "norm.weight")
+        short = {f"bert.{n}": t for n, t in plain.items() if n != "layers.2.fc.weight"}
+        written(tmp_path / "x", short)
+        with pytest.raises(InputError, match=r"lacks 1 of 4 tensors: layers.2.fc.weight"):
+            TaskVectors.open(plain, {"x": tmp_path / "x"})
+
+
+class TestTiedTensors:
+    BASE: ClassVar[dict[str, Tensor]] = tensors("embed.weight", "layer.weight", seed=3)
+
+    @pytest.mark.parametrize("kept", ["embed.weight", "lm_head.weight", "shared.weight"])
+    def test_an_expert_that_stores_one_of_three_names_has_all(self, tmp_path: Path, kept: str) -> None:
+        names = ("embed.weight", "lm_head.weight", "shared.weight")
+        base = {**self.BASE, **dict.fromkeys(names, self.BASE["embed.weight"])}
+        changed = {"layer.weight": base["layer.weight"] + 1, kept: base["embed.weight"] + 2}
+        written(tmp_path / "x", changed)
+        vectors = TaskVectors.open(base, {"x": tmp_path / "x"}, force=True)
+        merged = vectors.merge(vectors.one_hot("x"))
+        assert all(torch.allclose(merged[name], changed[kept]) for name in names)
+        assert len(vectors.aliases) == 2
+
+    def test_experts_of_which_one_was_untied(self, tmp_path: Path) -> None:
+        base = {**self.BASE, "lm_head.weight": self.BASE["embed.weight"]}
+        written(tmp_path / "tied", {name: tensor + 1 for name, tensor in self.BASE.items()})
+        untied = {name: tensor + i for i, (name, tensor) in enumerate(base.items(), 1)}
+        written(tmp_path / "untied", {name: tensor.clone() for name, tensor in untied.items()})
+        vectors = TaskVectors.open(base, {"t": tmp_path / "tied", "u": tmp_path / "untied"}, force=True)
+        assert not vectors.aliases
+        merged = vectors.merge(vectors.one_hot("t"))
+        assert torch.allclose(merged["lm_head.weight"], base["embed.weight"] + 1)
+        merged = vectors.merge(vectors.one_hot("u"))
+        assert torch.allclose(merged["lm_head.weight"], untied["lm_head.weight"])

@@ -1,5 +1,6 @@
 """`adamerge convert`: from a pickle of code that is gone to an expert that merges."""
 
+import json
 import os
 import pickle
 import sys
@@ -11,11 +12,13 @@ import pytest
 import torch
 from conftest import tiny_config
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adamerge.checkpoints import open_checkpoint
 from adamerge.cli import main
 from adamerge.digests import sha256
+from adamerge.errors import InputError
 
 
 class ImageEncoder(nn.Module):
@@ -101,3 +104,43 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["convert", str(tmp_path / file), *options]) == 2
         assert told in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt", "m.pt"]
+
+
+class TestAdvice:
+    """What a message advises works when it is followed."""
+
+    def test_a_folder_with_a_pickle_alone_is_read_after_its_advice(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        state = {"layer.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)}
+        for name in ("base", "expert"):
+            (tmp_path / name).mkdir()
+            changed = {n: tensor + (name == "expert") for n, tensor in state.items()}
+            torch.save(changed, tmp_path / name / "pytorch_model.bin")
+        words = ["merge", "average", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+        words += ["--experts", f"x={tmp_path / 'expert'}", "--force", "true"]
+        for _ in ("base", "expert"):
+            assert main(words) == 2
+            advice = capsys.readouterr().err.partition("adamerge convert ")[2].split()[0]
+            assert main(["convert", advice]) == 0
+        assert main(words) == 0
+        merged = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(merged["norm.weight"], torch.full((2,), 2.0))
+
+    def test_pickled_shards_are_converted_by_their_index(self, tmp_path: Path) -> None:
+        names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+        for tensor, file in names.items():
+            torch.save({tensor: torch.ones(3)}, tmp_path / file)
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(InputError, match=f"adamerge convert {index}"):
+            open_checkpoint(tmp_path)
+        assert main(["convert", str(index)]) == 0
+        assert set(open_checkpoint(tmp_path)) == {"a", "b"}
+
+    def test_names_of_a_safetensors_file_are_stripped(self, tmp_path: Path) -> None:
+        save_file({"module.w": torch.ones(2)}, tmp_path / "old.safetensors")
+        words = ["convert", str(tmp_path / "old.safetensors"), "--strip", "module."]
+        assert main(words) == 2
+        assert main([*words, "--out", str(tmp_path / "new.safetensors")]) == 0
+        assert list(load_file(tmp_path / "new.safetensors")) == ["w"]

@@ -118,3 +118,30 @@ def test_patterns_let_tensors_be_missing_or_left_out(clip: Path, tmp_path: Path)
     assert main(given) == 2
     assert main([*given, "--allow-missing", "visual.proj"]) == 2
     assert main([*given, "--allow-missing", "visual.proj", "--exclude", "extra"]) == 0
+
+
+def test_force_reports_as_notes_what_a_forced_merge_accepts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, heads in (("base", 2), ("x", 4)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((3,), float(heads))}, tmp_path / name / "model.safetensors")
+        config = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": heads}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    words = [
+        "inspect",
+        "--base",
+        str(tmp_path / "base"),
+        "--experts",
+        f"x={tmp_path / 'x'}",
+        "--json",
+        "true",
+    ]
+    assert main(words) == 2
+    assert any("--force true" in problem for problem in json.loads(capsys.readouterr().out)["problems"])
+    assert main([*words, "--force", "true"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not report["problems"]
+    assert any(
+        "accepted by force" in note and "num_attention_heads differs" in note for note in report["notes"]
+    )
