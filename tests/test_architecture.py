@@ -47,3 +47,9 @@ def test_importing_adamerge_loads_neither_torch_nor_lightning() -> None:
     code = "import sys, adamerge; print([m for m in ('torch', 'pytorch_lightning') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports test files by their names alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
