@@ -6,8 +6,10 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
+from adamerge.documents import read_mapping
 from adamerge.errors import InputError
 from adamerge.explain import explain
+from adamerge.shipped import config_files
 
 Function = Callable[..., Any]
 
@@ -41,6 +43,8 @@ def parse(
     """
     from jsonargparse import ArgumentParser
 
+    for file in config_files(given):
+        read_mapping(file)  # refuses what the parser would wait for, or choke on
     parameters = {
         name: parameter
         for function in functions

@@ -15,6 +15,7 @@ from glob import escape
 from pathlib import Path
 
 from adamerge import ownership
+from adamerge.documents import require_path
 from adamerge.errors import EnvironmentProblem, InputError
 from adamerge.interrupts import cleaning
 from adamerge.locks import is_another_process as _is_another_process
@@ -112,6 +113,7 @@ def refuse_existing(target: Path, *, overwrite: bool, inputs: Mapping[str, str |
         overwrite: Replace what adamerge wrote; what anybody else did stays.
         inputs: What is read, by its role: no output may take its place.
     """
+    require_path("output", str(target))
     _restore(target)
     if target.exists() and not overwrite:
         raise InputError(

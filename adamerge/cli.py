@@ -44,6 +44,7 @@ _KNOWN: dict[str, AdamergeError] = {
     "OverflowError": InputError("an option is larger than fp32 can hold.", "Look at the learning rate."),
 }
 INTERRUPTED = interrupts.EXIT_CODE
+_WIDEST = 600  # characters of a line of a message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,13 +120,14 @@ def _run_function(name: str, rest: list[str]) -> int:
         from importlib import import_module
 
         from adamerge.arguments import parse
+        from adamerge.ranges import checked
 
         module = import_module(f"adamerge.commands.{_MODULES.get(name, name)}")
     if name == "merge":
         return module.run(rest)
     function: Callable[..., int] = getattr(module, name)
     positional = True if name in ("bench", "data") else None
-    return function(**parse(f"adamerge {name}", [function], rest, positional=positional))
+    return checked(function)(**parse(f"adamerge {name}", [function], rest, positional=positional))
 
 
 def _print_help() -> None:
@@ -146,7 +148,8 @@ def _format_warning(message: Warning | str, category: type[Warning], *_: Any) ->
 def _complain(message: str, code: int) -> int:
     if "adamerge.progress" in sys.modules:  # a bar under way would leave its line unfinished
         sys.modules["adamerge.progress"].stop_bars()
-    sys.stderr.write(f"adamerge: {message}\n")
+    lines = (line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..." for line in message.split("\n"))
+    sys.stderr.write("adamerge: " + "\n".join(lines) + "\n")
     return code
 
 

@@ -1,7 +1,13 @@
 """Named errors: each says what was asked, what was found, and what to do about it."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
+from reprlib import Repr
+
+NEAR = 0.7  # likeness, of 0 to 1, from which a word counts as a mistyped one
+_MOST = 24  # words that a message lists
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 70, 70, 40
 
 
 class AdamergeError(Exception):
@@ -46,11 +52,45 @@ class AdamergeWarning(UserWarning):
     """Something that a user should look at, but that does not stop the work."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Say which known word is nearest, or list all that are known."""
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return which known word is near, or a list of those that are known.
+
+    Near means that at least `NEAR` of the letters agree (`difflib`), without regard to case, or that one
+    begins the other. Of words with dots the last parts are compared, and where both have several parts,
+    those before them as well:
+    ``Lerned`` is near ``adamerge.Learned``, and ``trainer.nonsense`` is near nothing.
+
+    Args:
+        word: What was asked for.
+        known: What there is.
+    """
     known = sorted(known)
-    match = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean {match[0]!r}?" if match else f"Known: {', '.join(known)}."
+    text = str(word)[:200]
+    best = max(known, key=lambda name: _likeness(text, name), default="")
+    if best and _likeness(text, best) >= NEAR:
+        return f"Did you mean {best!r}?"
+    return f"Known: {shortlist(known, _MOST)}." if known else ""
+
+
+def _likeness(word: str, name: str) -> float:
+    """Return how alike two words are, of 0 to 1; of words with dots, their least alike parts count."""
+    (*before, leaf), (*parents, last) = (text.lower().split(".") for text in (word, name))
+    if before and not parents:
+        return _ratio(word.lower(), name.lower())
+    pairs = [(leaf, last)] + ([(".".join(before), ".".join(parents))] if before and parents else [])
+    return min(_ratio(a, b) for a, b in pairs)
+
+
+def _ratio(a: str, b: str) -> float:
+    """Return the share of letters that agree; the beginning of a word, from three letters on, is near it."""
+    begins = min(len(a), len(b)) >= 3 and (a.startswith(b) or b.startswith(a))
+    alike = SequenceMatcher(None, a, b).ratio()
+    return max(alike, NEAR) if begins else alike
+
+
+def brief(value: object) -> str:
+    """Return a value as a message repeats it: in one line, and cut where it is long or deep."""
+    return _BRIEF.repr(value)
 
 
 def shortlist(items: Iterable[object], most: int = 5) -> str:

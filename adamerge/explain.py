@@ -3,12 +3,9 @@
 import inspect
 import pydoc
 import re
-from collections.abc import Hashable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
-import yaml
-
-from adamerge.errors import InputError, nearest
+from adamerge.errors import brief, nearest
 
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: --?([\w.]+)")
 _UNKNOWN_KEY = re.compile(
@@ -26,6 +23,13 @@ _NO_IMPORT = re.compile(
     r"|class_path '([\w.]+)':\s+module '[\w.]+' has no attribute"
 )
 _VALUES = re.compile(r"'([^']*)'")
+_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+_UNION_VALUE = re.compile(r"Given value: (.*)")
+_NO_SUBCLASS = re.compile(r"(?:does not correspond to a subclass of|Not a valid subclass of) (\w+)")
+_OUTER = re.compile(r"\. Got value: Namespace\(.*")
+_QUALIFIED = re.compile(r"<class '([\w.]+)'>|((?:\w+\.)+\w+)")
+_WORDS = {"NoneType": "null", "str": "text"}
+_OWN = "A class of your own is named MODULE.CLASS, with MODULE.py beside the file or in this folder."
 
 
 def explain(complaint: str, known_keys: Iterable[str], class_names: Iterable[str]) -> tuple[str, str]:
@@ -46,25 +50,65 @@ def explain(complaint: str, known_keys: Iterable[str], class_names: Iterable[str
     unknown = nested or _UNKNOWN_ARGUMENT.search(complaint) or _UNKNOWN_KEY.search(complaint)
     if unknown:
         return _unknown_key(".".join(unknown.groups()), "" if nested else where, complaint, known_keys)
+    return _wrong_value(_full_key(complaint), where, complaint, class_names) or (_in_one_line(complaint), "")
+
+
+def _wrong_value(key: str, where: str, complaint: str, class_names: Iterable[str]) -> tuple[str, str] | None:
+    """Return what is wrong with the value of a key, where the complaint tells it."""
     values = [value for literal in _LITERAL.findall(complaint) for value in _VALUES.findall(literal)]
     found = _FOUND.search(complaint)
     if values and found:
-        inner = _PARSER_KEY.findall(complaint)[-1]
-        key = where if inner == where else f"{where}.{inner}"
-        return f"{key}={found[1].strip()} is not a valid value.", nearest(found[1].strip(), values)
+        value = found[1].strip()
+        return f"{key}={_cut(value)} is not a valid value.", nearest(value, values)
     missing = _NO_IMPORT.search(complaint)
     if missing:
+        path = _CLASS_PATH.search(complaint)
         name = missing[missing.lastindex or 0]
-        return f"{where}: there is no class {name!r}.", nearest(name, class_names)
+        name = path[1] if path and path[1].startswith(f"{name}.") else name
+        hint = nearest(name, class_names)
+        return f"{where}: there is no class {brief(name)}.", hint if hint.startswith("Did") else _OWN
     expected = _EXPECTED.search(complaint)
-    if expected:
-        kind = re.sub(r"<class '([\w.]+)'>", r"\1", expected[1])
-        value = expected[2].strip()
-        if value == "None":
-            return f"{where} is missing.", "Give it in a file: --config FILE.yaml"
-        return f"{where}: expected {kind}, found {value!r}.", ""
+    if expected and not _SUBTYPES.search(complaint, expected.end()):
+        return _not_as_expected(key, expected[1], expected[2].strip())
+    subtypes, given = _SUBTYPES.findall(complaint), _UNION_VALUE.search(complaint)
+    wanted = _NO_SUBCLASS.search(complaint)
+    value = _OUTER.sub("", given[1]).strip() if given else (found[1].strip() if found else "")
+    if wanted and (not subtypes or wanted[1] in subtypes[-1]):
+        return f"{key}={_cut(value)} is no {wanted[1]}.", nearest(value, class_names)
+    return _not_as_expected(key, subtypes[-1], value) if subtypes and given else None
+
+
+def _not_as_expected(key: str, kinds: str, value: str) -> tuple[str, str]:
+    if value == "None":
+        return f"{key} is missing.", "Give it in a file: --config FILE.yaml"
+    return f"{key}: expected {_plain(kinds)}, found {brief(value)}.", ""
+
+
+def _plain(kinds: str) -> str:
+    """Write types as people do: ``int or null``."""
+    named = _QUALIFIED.sub(lambda m: (m[1] or m[2]).rpartition(".")[2], kinds)
+    if not re.fullmatch(r"[\w, ]+", named):
+        return _cut(named)
+    words = [_WORDS.get(word, word) for word in named.split(", ")]
+    return " or ".join(words) if len(words) > 1 else named
+
+
+def _full_key(complaint: str) -> str:
+    """Join the keys that a complaint names from the outside in."""
+    full = ""
+    for key in _PARSER_KEY.findall(complaint):
+        if key != full and not full.endswith(f".{key}"):
+            full = key if not full or key.startswith(f"{full}.") else f"{full}.{key}"
+    return full
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _in_one_line(complaint: str) -> str:
     lines = [line.strip(" -") for line in complaint.splitlines() if line.strip()]
-    return " ".join(lines)[:300], ""
+    return " ".join(lines)[:300]
 
 
 def _unknown_key(key: str, where: str, complaint: str, known_keys: list[str]) -> tuple[str, str]:
@@ -75,36 +119,4 @@ def _unknown_key(key: str, where: str, complaint: str, known_keys: list[str]) ->
         options = [name for name in inspect.signature(target).parameters if name != "self"]
         return f"{where}: {owner[1] if owner else ''} has no option {key!r}.", nearest(key, options)
     full = f"{where}.{key}" if where and not key.startswith(f"{where}.") else key
-    return f"unknown key {full}.", nearest(full, known_keys)
-
-
-class _Strict(yaml.SafeLoader):
-    """A YAML loader that does not let the last of two equal keys win."""
-
-
-def _strict_mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Hashable, object]:
-    seen: dict[object, int] = {}
-    for key_node, _ in node.value:
-        key, line = loader.construct_object(key_node), key_node.start_mark.line + 1
-        if key in seen:
-            raise InputError(f"key {key!r} stands twice, in lines {seen[key]} and {line}.", "Rename one.")
-        seen[key] = line
-    return loader.construct_mapping(node, deep=True)
-
-
-_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
-
-
-def refuse_repeated_keys(files: Iterable[Path]) -> None:
-    """Look for keys that stand twice in a mapping: YAML would silently keep the last.
-
-    Raises:
-        InputError: The file, the key and its lines.
-    """
-    for file in files:
-        try:
-            yaml.load(file.read_text(encoding="utf-8"), _Strict)
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from error
-        except yaml.YAMLError:
-            continue  # the parser's own complaint comes later, with its place
+    return f"unknown key {_cut(full)}.", nearest(full, known_keys)

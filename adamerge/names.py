@@ -3,10 +3,17 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, brief
 
 Shape = tuple[int, ...]
 PREFIXES = ("module.", "model.", "vision_model.", "visual.", "image_encoder.", "image_encoder.model.")
+_SPECIAL = '/\\:*?"<>|[]'  # of paths, patterns and markup
+_TAKEN = (  # by digests and by columns of our tables
+    *("base", "shared model", "step", "task", "entropy"),
+    *("method", "mean", "normalized", "unseen", "task unknown", "source"),
+)
+_HINT = "Use letters, digits, '-', '_'."
+_LONGEST = 100  # bytes of a name: files add to it
 _TOWERS = ("visual.", "vision_model.")  # an image tower alone is a complete expert of a CLIP
 _PATCHES = re.compile(r"(.*\.)?(conv1|conv_proj|projection|patch_embedding|patch_embed\.proj)\.weight")
 _WIDTHS = {192: "Ti", 384: "S", 768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}
@@ -23,18 +30,49 @@ _QUANTISED = re.compile(
 _WEIGHT = re.compile(r"(.*\.)?(weight|weights|bias|in_proj_weight|kernel|embedding)")
 
 
-def require_file_names(tasks: Iterable[str]) -> None:
-    """Check that every task can give its name to a file.
+def require_file_names(tasks: Iterable[object]) -> None:
+    """Check that every task's name can name files, and columns and rows of tables.
 
     Raises:
-        InputError: A name cannot be a file name, or two names differ only in case.
+        InputError: A name is no text or cannot be a file name, is taken, or two names differ only in case.
     """
     folded: dict[str, str] = {}
     for name in tasks:
-        if not name or any(c in name for c in '/\\:*?"<>|\0') or name.startswith("."):
-            raise InputError(f"task name {name!r} cannot be a file name.", "Use letters, digits, '-', '_'.")
+        require_name(name, "task")
+        assert isinstance(name, str)  # or it was refused
         if folded.setdefault(name.casefold(), name) != name:
             raise InputError(f"tasks {folded[name.casefold()]!r} and {name!r} differ only in case.")
+
+
+def require_name(name: object, kind: str) -> None:
+    """Check that a name can name files, and columns and rows of tables.
+
+    Args:
+        name: The name.
+        kind: What it names: "task" or "expert".
+
+    Raises:
+        InputError: It is no text, has characters that file names cannot have, or is taken.
+    """
+    if not isinstance(name, str):
+        raise InputError(
+            f"{kind} name {brief(name)} is a {type(name).__name__}, not a text.", f"Quote it: '{name}': ..."
+        )
+    is_clean = name.isprintable() and name == name.strip() and not set(name) & set(_SPECIAL)
+    if not name or not is_clean or name.startswith(".") or len(name.encode()) > _LONGEST:
+        raise InputError(f"{kind} name {brief(name)} cannot be a file name.", _HINT)
+    if name in _TAKEN:
+        raise InputError(f"{kind} name {name!r} is taken: tables and digests use it.", "Choose another.")
+
+
+def require_title(key: str, text: str) -> None:
+    """Check that a text can stand in a table.
+
+    Raises:
+        InputError: It is blank, long, or has control characters.
+    """
+    if not text.strip() or not text.isprintable() or len(text) > _LONGEST:
+        raise InputError(f"{key}={brief(text)} cannot be a title.", _HINT)
 
 
 def needed_of(base: Iterable[str], expert: Iterable[str]) -> list[str]:

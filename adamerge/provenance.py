@@ -247,6 +247,8 @@ def _is_hub_id(source: str) -> bool:
 def _measured(row: ResultRow) -> Iterator[tuple[str, str]]:
     """Give titles and texts of what a row tells; a routed model's stands beside its baselines."""
     found = row.details
+    if found.get("recipe"):
+        yield "Recipe", f"{found['recipe']}\n"
     if row.accuracy:
         baselines = found.get("baselines", {})
         rows = [row, *(make_row(name, accuracy) for name, accuracy in baselines.items())]

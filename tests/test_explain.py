@@ -55,7 +55,7 @@ def explained(parser: ArgumentParser, *arguments: str) -> tuple[str, str]:
         ),
         (
             "--coefficients ademerge.Learned",
-            "coefficients: there is no class 'ademerge'.",
+            "coefficients: there is no class 'ademerge.Learned'.",
             "Did you mean 'adamerge.Learned'?",
         ),
         (

@@ -8,7 +8,9 @@ import yaml
 
 from adamerge.atomic import atomic_folder
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_mapping, require_source
 from adamerge.errors import InputError
+from adamerge.names import require_file_names
 from adamerge.shipped import configs
 
 _SUFFIX = ".yaml"  # of method files
@@ -16,6 +18,7 @@ _SUFFIX = ".yaml"  # of method files
 
 def method_file(method: str) -> Path | None:
     """Find the file of an adaptive method: a path, or the name of one of configs/methods."""
+    require_source("methods", method)
     path = Path(method) if method.endswith(_SUFFIX) else configs() / "methods" / f"{method}{_SUFFIX}"
     return path if path.is_file() else None
 
@@ -39,10 +42,7 @@ def read_document(config: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is no benchmark.
     """
-    try:
-        return dict(yaml.safe_load(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise no_benchmark(config, error) from error
+    return read_mapping(config)
 
 
 def read_benchmark(config: Path, *parts: str) -> list[Any]:
@@ -60,6 +60,7 @@ def parts_of(document: dict[str, Any], name: object, *parts: str) -> list[Any]:
         found = [dict(document[part]) for part in parts]
         for part in found:
             if "tasks" in part:
+                require_file_names(part["tasks"])
                 part["tasks"] = {task: TaskSpec(**row) for task, row in part["tasks"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise no_benchmark(name, error) from error

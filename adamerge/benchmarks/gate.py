@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from adamerge.data.module import MultiTaskData
+from adamerge.documents import read_mapping
 from adamerge.errors import AdamergeError, DataError, InputError, nearest
 from adamerge.models import Backbone
 
@@ -55,7 +55,7 @@ class Premises:
         """
         known = [f.name for f in fields(self) if f.name != "waived"]
         try:
-            given = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+            given = read_mapping(file)
             for key in given:
                 if key not in known:
                     raise InputError(f"--expect {file} has an unknown key {key!r}.", nearest(key, known))
@@ -63,7 +63,7 @@ class Premises:
             images = {task: int(value) for task, value in given.get("images", {}).items()}
             given["tolerance"] = float(given.get("tolerance", self.tolerance))
             transform = {**(self.transform or {}), **given.get("transform", {})}
-        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"--expect {file} cannot be read: {error}.") from error
         _require_transform(transform, f"--expect {file}")
         given |= {"accuracy": self.accuracy | accuracy, "images": self.images | images}

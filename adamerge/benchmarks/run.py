@@ -22,12 +22,13 @@ from adamerge.benchmarks.files import (
 )
 from adamerge.benchmarks.opened import BOUNDS, INDIVIDUAL, Models, is_static, measures
 from adamerge.data.module import MultiTaskData
+from adamerge.documents import require_path
 from adamerge.errors import AdamergeError, EnvironmentProblem, InputError, nearest, shortlist
-from adamerge.fitting import LAST, class_names, pending, run
+from adamerge.fitting import LAST, check, class_names, own_classes, pending, run
 from adamerge.plots import accuracy_bars, bytes_curve, save_picture
 from adamerge.progress import console, print_line
 from adamerge.results import ResultRow, doubts, make_row, print_table, read_row, write_row, write_table
-from adamerge.shipped import configs
+from adamerge.shipped import as_argument, configs
 from adamerge.static import METHODS
 
 _BARE = ("--evaluate_experts", "false", "--evaluate_baselines", "false")  # they are rows of their own
@@ -55,12 +56,14 @@ class Benchmark:
         premises: gate.Premises | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
+        require_path("out", str(out))
         document = read_document(config) if isinstance(config, Path) else dict(config)
         _require_settings(settings or {})
         if settings:
             document["data"] = {**document.get("data", {}), **settings}
         accuracy = document.pop("gate", None) or {}
-        self.text = dump(document)
+        self.document, self.text = document, dump(document)
+        self._beside = [config] if isinstance(config, Path) else []
         self.config, self.out = out / "benchmark.yaml", out
         name = config if isinstance(config, Path) else "the given configuration"
         model, data = parts_of(document, name, "model", "data")
@@ -106,6 +109,10 @@ class Benchmark:
                 self._method_file(method)  # refuses what is unknown before any work
         if len({method_name(method) for method in methods}) < len(set(methods)):
             raise InputError("two methods have one name.", "Rename one of the files.")
+        premises = self.premises
+        gate.require_known([*premises.waived, *premises.accuracy, *premises.images], self.data.tasks)
+        for method in methods:
+            self._check_method(method, (extra or {}).get(method, ()))
         with self.claimed():
             write_text(self.config, self.text)
             self.pass_gate()
@@ -199,21 +206,23 @@ class Benchmark:
             self._individual = row.accuracy
         return row
 
+    def _check_method(self, method: str, more: Sequence[str]) -> None:
+        """Parse a method's file, and import the classes that it names, before any row is computed."""
+        if not is_static(method):
+            files = ["--config", as_argument(self.document), "--config", str(self._method_file(method))]
+            with self._own_classes(method):
+                check(["fit", *files, *more])
+
+    def _own_classes(self, method: str) -> AbstractContextManager[None]:
+        """Look for classes of one's own beside the benchmark's file and the method's."""
+        return own_classes(["--config", str(self._method_file(method))], *self._beside)
+
     def _adapt(self, method: str, more: Sequence[str]) -> None:
         """Run `adamerge fit`."""
         files = ["--config", str(self.config), "--config", str(self._method_file(method))]
-        run(
-            [
-                "fit",
-                *files,
-                "--run_dir",
-                str(self.folder(method)),
-                "--method",
-                method_name(method),
-                *_BARE,
-                *more,
-            ]
-        )
+        named = ["--run_dir", str(self.folder(method)), "--method", method_name(method)]
+        with self._own_classes(method):
+            run(["fit", *files, *named, *_BARE, *more])
 
     def _method_file(self, method: str) -> Path:
         found = method_file(method)

@@ -11,6 +11,7 @@ from torch import Tensor
 from adamerge.callbacks.signs import Signs, mean_of, signs_of
 from adamerge.data.datasets import Images
 from adamerge.errors import AdamergeWarning, InputError
+from adamerge.ranges import Count, Natural, checked
 from adamerge.task import MergeTask
 
 _FEWEST = 16  # images of a task that are worth judging by
@@ -41,13 +42,14 @@ class Selector(pl.Callback):
         InputError: An option is out of its range.
     """
 
+    @checked
     def __init__(
         self,
-        every_n_steps: int = 20,
-        max_images: int = 64,
+        every_n_steps: Natural = 20,
+        max_images: Count = 64,
         *,
         score: Literal["teacher_kl", "agreement"] = "teacher_kl",
-        patience: int = 10,
+        patience: Natural = 10,
         keep: Literal["best", "last"] = "best",
         top_share: float = 0.9,
         marginal: float = 0.5,
@@ -57,11 +59,6 @@ class Selector(pl.Callback):
             raise InputError(
                 f"selector: keep={keep!r}, score={score!r}.",
                 "Keep the 'best' or the 'last', by 'teacher_kl' or 'agreement'.",
-            )
-        if min(every_n_steps, patience) < 0 or max_images < 1:
-            raise InputError(
-                f"selector: every_n_steps={every_n_steps}, max_images={max_images}, patience={patience}.",
-                "Use 0 or more steps (0: no selector) and looks (0: no end), and at least one image.",
             )
         self.every_n_steps, self.max_images = every_n_steps, max_images
         self.score, self.patience, self.keep = score, patience, keep

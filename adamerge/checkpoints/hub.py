@@ -8,6 +8,7 @@ from adamerge.checkpoints.layout import PICKLED
 from adamerge.checkpoints.open_clip_source import PREFIX as OPEN_CLIP
 from adamerge.checkpoints.open_clip_source import open_clip_folder
 from adamerge.data.tasks import EMBEDDED
+from adamerge.documents import require_source
 from adamerge.errors import InputError, nearest
 from adamerge.hub import nowhere, snapshot
 
@@ -21,6 +22,7 @@ def local_path(source: str | Path, role: str) -> Path:
         InputError: There is no such path, and it is no hub id.
         EnvironmentProblem: A hub id was given and the hub cannot be reached.
     """
+    require_source(role, str(source))
     path = Path(source)
     if path.exists():
         return path

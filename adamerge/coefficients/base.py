@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adamerge.coefficients.grouping import GROUPINGS
 from adamerge.errors import InputError
+from adamerge.ranges import checked
 
 Reads = Literal["input", "block", "token", "task"]
 
@@ -66,6 +67,7 @@ class Routing(Coefficients):
 
     reads: Reads = "input"
 
+    @checked
     def __init__(self, groups: str | None = None) -> None:
         super().__init__()
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adamerge.coefficients.base import Coefficients
 from adamerge.coefficients.grouping import group_of
 from adamerge.errors import InputError
+from adamerge.ranges import Coefficient, checked
 
 Grouping = Literal["task", "tensor", "block", "module", "type"]
 Clamp = Literal["off", "on", "projected"]
@@ -34,10 +35,11 @@ class Learned(Coefficients):
 
     values: Tensor
 
+    @checked
     def __init__(
         self,
         grouping: Grouping = "tensor",
-        initial: float | list[float] = 0.3,
+        initial: Coefficient | list[Coefficient] = 0.3,
         clamp: Clamp = "off",
         *,
         frozen: bool = False,

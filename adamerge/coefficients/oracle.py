@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from adamerge.coefficients.base import Routing
 from adamerge.coefficients.selection import Selection
-from adamerge.errors import InputError
+from adamerge.ranges import Count, checked
 
 
 class Oracle(Routing):
@@ -57,11 +57,9 @@ class Subspace(Routing):
 
     reads = "token"
 
-    def __init__(self, gate_rank: int = 1, top_k: int = 1, groups: str | None = None) -> None:
+    @checked
+    def __init__(self, gate_rank: Count = 1, top_k: Count = 1, groups: str | None = None) -> None:
         super().__init__(groups)
-        for option, value in (("gate_rank", gate_rank), ("top_k", top_k)):
-            if value < 1:
-                raise InputError(f"{option}={value} is below 1.", "Use 1 or more.")
         self.gate_rank, self.top_k = gate_rank, top_k
         self._selection = Selection("top_k", top_k, renormalize=True)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adamerge.coefficients.base import Routing
 from adamerge.coefficients.selection import Select, Selection
 from adamerge.errors import InputError, nearest
+from adamerge.ranges import Coefficient, Count, Seed, Share, Temperature, checked
 
 Network = Literal["linear", "paper", "mlp", "bias"]
 
@@ -109,20 +110,21 @@ class Router(Routing):
         InputError: An option is out of its range, missing, or of no use beside the others.
     """
 
+    @checked
     def __init__(
         self,
         network: Network = "linear",
         reads: Literal["input", "block"] = "input",
         *,
         select: Select = "softmax",
-        k: int | None = None,
-        p: float | None = None,
+        k: Count | None = None,
+        p: Share | None = None,
         renormalize: bool = False,
-        temperature: float = 1.0,
-        initial: float | None = None,
+        temperature: Temperature = 1.0,
+        initial: Coefficient | None = None,
         groups: str | None = None,
         shared: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(groups)
         if network not in _LAYERS:
@@ -133,8 +135,6 @@ class Router(Routing):
             raise InputError("shared=True is of no use beside reads='input'.", "Leave one of them out.")
         if initial is not None and not math.isfinite(initial):
             raise InputError(f"initial={initial} is not finite.", "Use a number such as 0.3.")
-        if not 0 <= seed < 2**63:
-            raise InputError(f"seed={seed} is no seed.", "Use 0 or more.")
         self.network, self.reads, self.select, self.k, self.p = network, reads, select, k, p
         self.renormalize, self.temperature = renormalize, temperature
         self.initial, self.shared, self.seed = initial, shared, seed

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adamerge.atomic import write_text
 from adamerge.benchmarks import Benchmark, Definition, configs, define, defined, method_file, oracles
 from adamerge.benchmarks.clip import AdaptSplit, Form
 from adamerge.benchmarks.gate import Premises
 from adamerge.benchmarks.opened import INDIVIDUAL
 from adamerge.benchmarks.report import write_report
+from adamerge.documents import read_mapping, require_source
 from adamerge.errors import AdamergeError, InputError, nearest
 from adamerge.progress import duration, print_line
 from adamerge.results import ResultRow, outcome
@@ -148,6 +147,7 @@ def benchmark_file(benchmark: str) -> Path:
     Raises:
         InputError: There is no such file, or no such name.
     """
+    require_source("benchmark", benchmark)
     file = Path(benchmark)
     if file.is_file():
         return file
@@ -176,7 +176,7 @@ def _stated(
 def _settings(method: str, trainer: Mapping[str, Any]) -> list[str]:
     """Write the trainer's settings as arguments, without numbers of steps where there is nothing to learn."""
     file = method_file(method)
-    learns = file and yaml.safe_load(file.read_text(encoding="utf-8")).get("trainer", {}).get("max_steps", 1)
+    learns = file and (read_mapping(file).get("trainer") or {}).get("max_steps", 1)
     kept = {name: value for name, value in trainer.items() if learns or not name.startswith(_LIMITS)}
     return [f"--trainer.{name}={value}" for name, value in kept.items()]
 

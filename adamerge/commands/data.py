@@ -20,6 +20,7 @@ from adamerge.data.checking import Report, check_source
 from adamerge.data.labels import HeadClasses
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.data.texts import preprocessing_of
+from adamerge.documents import read_mapping
 from adamerge.errors import AdamergeError, InputError, nearest, shortlist
 from adamerge.models import Head, open_backbone
 from adamerge.models.opening import format_of
@@ -156,8 +157,8 @@ def _tokenizer(benchmark: str | None) -> Any:
 def _read_manifest(file: Path, tasks: Mapping[str, TaskSpec]) -> dict[str, dict[str, Any]]:
     known = {"classes", *(key for keys in _PARTS.values() for key in keys)}
     try:
-        rows = {str(name): dict(row) for name, row in yaml.safe_load(file.read_text("utf-8")).items()}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        rows = {str(name): dict(row) for name, row in read_mapping(file).items()}
+    except (ValueError, TypeError) as error:
         raise InputError(f"--manifest {file} cannot be read: {error}.") from error
     for name, row in rows.items():
         for key in row.keys() - known:

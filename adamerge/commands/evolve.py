@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ from adamerge.errors import InputError, nearest
 from adamerge.mixture import Mixture, save_mixture
 from adamerge.objectives import Entropy, FeatureMatching, KLTeacher, Objective, Supervised
 from adamerge.progress import console
+from adamerge.ranges import Count, Range, Rate, Seed
 from adamerge.results import ResultRow, make_row
 from adamerge.state import State
 from adamerge.static import METHODS
@@ -48,13 +49,13 @@ def evolve(
     start: str = "task_arithmetic",
     donors: list[str] | None = None,
     objective: Score = "cross_entropy",
-    generations: int = 20,
-    population: int | None = None,
-    repeats: int = 2,
+    generations: Count = 20,
+    population: Annotated[int, Range("[4, 1e6]")] | None = None,
+    repeats: Annotated[int, Range("[1, 1000]")] = 2,
     scales: bool = True,
-    sigma: float = 0.1,
+    sigma: Rate = 0.1,
     method: Method = "cmaes",
-    seed: int = 0,
+    seed: Seed = 0,
     data: dict[str, Any] | None = None,
 ) -> int:
     """Search which blocks of a merged model and of the experts run, in which order (arXiv:2403.13187).

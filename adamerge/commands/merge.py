@@ -23,6 +23,7 @@ from adamerge.errors import InputError, nearest
 from adamerge.models.fisher import FisherMode
 from adamerge.ownership import protect
 from adamerge.progress import duration, print_line
+from adamerge.ranges import Count, checked
 from adamerge.static import EDITS, METHODS, Method, expert_tensors, merged_tensors
 from adamerge.static import edit as edit_vectors
 from adamerge.vectors import TaskVectors
@@ -49,7 +50,7 @@ def run(given: Sequence[str]) -> int:
     skip = {row.function: {vectors, *row.needs}, merge: hidden}
     values = parse(f"adamerge merge {row.name}", [*skip], given[1:], skip=skip, positional=False)
     options = {option: values.pop(option) for option in row.options}
-    return merge(row.name, options, **values)
+    return checked(merge)(row.name, options, **values)
 
 
 def merge(
@@ -66,7 +67,7 @@ def merge(
     of_options: dict[str, Any] | None = None,
     task: str | None = None,
     data: str | None = None,
-    samples: int = 256,
+    samples: Count = 256,
     fisher_mode: FisherMode = "sampled_label",
     allow_missing: list[str] | None = None,
     exclude: list[str] | None = None,

@@ -17,10 +17,12 @@ from adamerge.benchmarks import Benchmark, configs, copy_folder
 from adamerge.checkpoints import loading_code, open_checkpoint
 from adamerge.data.module import LABELS, MultiTaskData
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_mapping, require_path
 from adamerge.errors import InputError, NumericError
 from adamerge.fitting import model_settings, run, shared_file, weight_digests
 from adamerge.models import open_backbone, open_heads
 from adamerge.progress import console, duration, print_line
+from adamerge.ranges import Factor
 from adamerge.results import ResultRow, outcome, read_row
 
 DEMO_METHODS = (
@@ -44,6 +46,7 @@ def demo(out: str = "runs/demo", overwrite: bool = False) -> int:
         out: Folder of the table, pictures, curves and the merged model.
         overwrite: Begin anew instead of continuing what an earlier demo began.
     """
+    require_path("out", out)
     folder, began = Path(out), time.monotonic()
     if not ownership.is_empty(folder) and ownership.kind_of(folder) != "table":
         raise InputError(
@@ -100,7 +103,7 @@ def verify(folder: str) -> int:
     return 0
 
 
-def reproduce(folder: str, tolerance: float = 0.0) -> int:
+def reproduce(folder: str, tolerance: Factor = 0.0) -> int:
     """Run a finished run again from its configuration, and compare coefficients and accuracies.
 
     Args:
@@ -110,7 +113,7 @@ def reproduce(folder: str, tolerance: float = 0.0) -> int:
     path = Path(folder).absolute()
     if not (path / provenance.MANIFEST).exists():
         raise InputError(f"{folder} is no finished run.", "Give the folder that `adamerge fit` wrote.")
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    config = read_mapping(path / "config.yaml")
     with tempfile.TemporaryDirectory() as scratch:
         again = Path(scratch) / "again"
         config["run_dir"] = str(again)

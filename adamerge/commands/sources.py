@@ -13,6 +13,7 @@ from adamerge.checkpoints.foreign_code import code_notes
 from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.models.hf_encoder import HFEncoder, headless_base
 from adamerge.models.opening import require_same_function
+from adamerge.names import require_name
 from adamerge.progress import console
 from adamerge.vectors import TaskVectors
 from adamerge.vectors.store import open_base, open_expert
@@ -31,8 +32,7 @@ def parse_experts(items: Sequence[str]) -> dict[str, str]:
             raise InputError(f"expert {item!r} has no name or no path.", "Write --experts NAME=PATH")
         if name in experts:
             raise InputError(f"two experts are called {name!r}: {experts[name]} and {path}.", "Rename one.")
-        if name == "base" or not name.isprintable() or set(name) & set('/\\:*?"<>|') or name.startswith("."):
-            raise InputError(f"{name!r} cannot name an expert.", "Use letters, digits, - and _.")
+        require_name(name, "expert")
         experts[name] = path
     if not experts:
         raise InputError("no experts were given.", "Write --experts NAME=PATH --experts NAME=PATH ...")

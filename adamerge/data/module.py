@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +19,7 @@ from adamerge.data.sampling import StepSampler
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.data.texts import preprocessing_of
 from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
+from adamerge.ranges import Natural, Range, Seed, checked
 
 Batch = dict[str, dict[str, Tensor]]
 Order = Literal["shuffled", "given"]
@@ -51,27 +52,22 @@ class MultiTaskData(pl.LightningDataModule):
         InputError: A row or an option is wrong.
     """
 
+    @checked
     def __init__(
         self,
         tasks: dict[str, TaskSpec],
         *,
-        batch_size: int = 16,
-        eval_batch_size: int = 256,
-        holdout: float = 0.2,
-        seed: int = 0,
-        shots: int = 0,
-        num_workers: int = 0,
+        batch_size: Annotated[int, Range("[1, 1e6]")] = 16,
+        eval_batch_size: Annotated[int, Range("[1, 1e6]")] = 256,
+        holdout: Annotated[float, Range("[0, 1)")] = 0.2,
+        seed: Seed = 0,
+        shots: Natural = 0,
+        num_workers: Annotated[int, Range("[0, 256]")] = 0,
         cache: bool = True,
         order: Order = "shuffled",
         max_length: int | None = None,
     ) -> None:
         super().__init__()
-        if min(batch_size, eval_batch_size) < 1 or not 0 <= holdout < 1 or min(shots, num_workers) < 0:
-            raise InputError(
-                f"batch_size={batch_size}, eval_batch_size={eval_batch_size}, holdout={holdout}, "
-                f"shots={shots}, num_workers={num_workers}.",
-                "Batch sizes must be positive, holdout in [0, 1), shots and workers 0 or more.",
-            )
         if max_length is not None and max_length < 1:
             raise InputError(f"max_length={max_length}.", "It must be 1 or more.")
         if order not in get_args(Order):

@@ -15,7 +15,7 @@ from adamerge.data.decoding import image_suffixes, require_regular
 from adamerge.data.folders import is_hidden
 from adamerge.data.sources import Source
 from adamerge.data.tables import kind_of, read_table
-from adamerge.errors import AdamergeError, DataError, nearest
+from adamerge.errors import AdamergeError, DataError, brief, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -143,7 +143,7 @@ class Rows:
 
     def _column(self, wanted: str | None, known: tuple[str, ...], problem: str) -> str:
         if wanted and wanted not in self.features:
-            told = f"{self.role}: {self.source.given} has no column {wanted!r}."
+            told = f"{self.role}: {self.source.given} has no column {brief(wanted)}."
             raise DataError(told, nearest(wanted, self.features))
         found = [wanted] if wanted else [name for name in known if name in self.features]
         if not found:

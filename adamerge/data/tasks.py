@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from adamerge.data.corruptions import parse_corruption
 from adamerge.errors import InputError
 from adamerge.names import require_file_names
+from adamerge.ranges import require
 
 EMBEDDED = "embedded:"
 DEFAULT_TEMPLATES = ["a photo of a {}."]
@@ -53,6 +55,9 @@ class TaskSpec:
     columns: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(TaskSpec, include_extras=True).items():
+            if name not in ("classes", "templates"):
+                require(name, getattr(self, name), hint)
         if isinstance(self.classes, str):
             self.classes = self.classes.splitlines()
         for name, words in (("classes", self.classes), ("templates", self.templates)):

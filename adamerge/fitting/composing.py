@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -15,10 +15,12 @@ from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.checkpoints.settings import settings_of
 from adamerge.coefficients import Coefficients, Routing
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import require_source
 from adamerge.errors import InputError, nearest
 from adamerge.models import ModuleBackbone, Surgery, open_backbone, open_heads
 from adamerge.models.opening import reads_classifiers, require_same_function
 from adamerge.objectives import Objective
+from adamerge.ranges import Count, Range, checked
 from adamerge.state import State
 from adamerge.static import METHODS, merge
 from adamerge.static import edit as apply_edit
@@ -27,6 +29,7 @@ from adamerge.vectors import STREAM, Codec, TaskVectors, make_codec, rebase
 from adamerge.vectors.store import open_expert
 
 
+@checked
 def merge_task(
     base: str,
     experts: dict[str, str],
@@ -44,8 +47,8 @@ def merge_task(
     optimizer: Callable[[Iterable[Any]], Optimizer] = published_adam,
     decay: Literal["none", "linear"] = "none",
     adapters: Surgery | None = None,
-    images_per_pass: int = 16,
-    recalibrate: int = 0,
+    images_per_pass: Count = 16,
+    recalibrate: Annotated[int, Range("[0, 1e6]")] = 0,
     force: bool = False,
 ) -> MergeTask:
     """Open a base and its experts and compose a MergeTask.
@@ -130,6 +133,7 @@ def shared_model(vectors: TaskVectors, source: str, options: Mapping[str, Any] |
         raise InputError(f"shared={source!r} takes no shared_options, found {dict(options)}.")
     if source == "base":
         return vectors.base_state()
+    require_source("shared", source)
     if not Path(source).exists():
         raise InputError(
             f"shared={source!r} is neither a static method nor a file.", nearest(source, METHODS)

@@ -1,5 +1,6 @@
 """`adamerge fit | validate | test | predict`: LightningCLI over configurations that add up."""
 
+import contextlib
 import json
 import logging
 import time
@@ -23,9 +24,13 @@ from adamerge.checkpoints import loading_code, locate
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, InputError, shortlist
 from adamerge.evaluation import Evaluation
-from adamerge.explain import explain, refuse_repeated_keys
+from adamerge.explain import explain
 from adamerge.fitting import placing
+from adamerge.fitting.classes import own_classes, require_classes
 from adamerge.fitting.composing import class_names, merge_task, model_settings
+from adamerge.fitting.process import unchanged_process
+from adamerge.fitting.recipe import in_one_line, with_recipe
+from adamerge.fitting.settings import require_settings
 from adamerge.mixture import latency, stored
 from adamerge.plots import write_routing
 from adamerge.progress import console, duration, print_line
@@ -38,7 +43,6 @@ from adamerge.results import (
     write_predictions,
     write_row,
 )
-from adamerge.shipped import config_files, default_recipe, names_a_method
 from adamerge.tracking import SafeWandbLogger
 
 _NOISE = (
@@ -76,8 +80,11 @@ _CLASS_NAMES = (
 class RunCLI(LightningCLI):
     """One run: its parser, its folder, its callbacks and what it leaves behind."""
 
-    def __init__(self, command: str, claims: ExitStack, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, command: str, claims: ExitStack, *args: Any, only_parse: bool = False, **kwargs: Any
+    ) -> None:
         self._command, self._claims, self._began = command, claims, time.monotonic()
+        self._only_parse = only_parse
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]  no static one can know
@@ -117,6 +124,11 @@ class RunCLI(LightningCLI):
         except ArgumentError as error:
             known = self._parser(self._command).get_defaults(skip_validation=True).keys()
             raise InputError(*explain(str(error), known, _CLASS_NAMES)) from error
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise InputError(*explain(str(error), (), _CLASS_NAMES)) from error
+        require_settings(self.config[self._command], self._command)
+        if self._only_parse:
+            raise _Parsed
 
     def instantiate_classes(self) -> None:
         """Compose the run; what a part's constructor refuses is told in the part's own words."""
@@ -165,13 +177,20 @@ class RunCLI(LightningCLI):
             self.settings.verbose = False  # `after_validate` and `after_test` print a table of ours
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add the callbacks and paths that every run has."""
+        """Add the callbacks and paths that every run has.
+
+        Raises:
+            InputError: Lightning's Trainer refuses its settings.
+        """
         kwargs.setdefault("default_root_dir", str(self.folder))
         if self.subcommand == "fit":
             kwargs["callbacks"] = [*kwargs.get("callbacks", []), *self._callbacks()]
             kwargs["plugins"] = _with_atomic_checkpoints(kwargs.get("plugins"))
             kwargs["limit_val_batches"] = 0  # the selector looks at held-out images in its own rhythm
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise InputError(f"trainer: {(str(error).splitlines() or [repr(error)])[0][:300]}") from error
 
     def _callbacks(self) -> list[pl.Callback]:
         settings = self.settings
@@ -191,11 +210,13 @@ class RunCLI(LightningCLI):
         self._require_steps()
         self.datamodule.use(self.model.backbone)
         self.datamodule.use_heads(self.model.heads)
+        self.model.require_together(self.datamodule, self.trainer, fits=True)
         inputs = self._inputs()
         path = self.folder / provenance.INPUTS
         if self._place.is_resuming and path.exists() and not self.settings.resume_anyway:
             provenance.require_same_inputs(provenance.read_inputs(self.folder), inputs)
         if self.trainer.is_global_zero:
+            console.print(f"Recipe: {self._recipe}.", soft_wrap=True, markup=False, highlight=False)
             write_text(self.folder / "config.yaml", self._resolved)
             write_text(path, json.dumps(inputs, indent=2) + "\n")
             for logger in self.trainer.loggers:
@@ -272,12 +293,17 @@ class RunCLI(LightningCLI):
                 *self._beyond_one_model(),
                 *self._notes_of_heads(),
             ],
-            details=self._start_details() | self._routing_details(evaluation) | self._agreement(),
+            details=self._details(evaluation),
             provenance=provenance.read_inputs(self.folder),
         )
         n_classes = {name: len(head.weight) for name, head in task.heads.items()}
         row.notes += doubts(individual or {}, n_classes, row)
         return row
+
+    def _details(self, evaluation: Evaluation) -> dict[str, Any]:
+        """Return what the row tells beside accuracies."""
+        more = self._routing_details(evaluation) | self._agreement()
+        return {"recipe": self._recipe} | self._start_details() | more
 
     def _beyond_one_model(self) -> list[str]:
         """Say so where labels of adaptation images were read, and where tasks have parts of their own."""
@@ -367,6 +393,10 @@ class RunCLI(LightningCLI):
         text = "made with the experts' own text towers; among the weights is the base's."
         return [f"Heads of {shortlist(own)}: {text}"] if own else []
 
+    @cached_property
+    def _recipe(self) -> str:
+        return in_one_line(self.settings)
+
     def _card(self, row: ResultRow | None = None) -> str:
         sources = {"base": self.settings.model.base, **self.settings.model.experts}
         config = yaml.safe_load(self._resolved)
@@ -395,13 +425,8 @@ def _sources_of(config: Mapping[str, Any]) -> dict[str, str]:
     return {role: path for role, path in found.items() if isinstance(path, str)}
 
 
-def _with_recipe(args: Sequence[str]) -> list[str]:
-    """Put the default recipe under the settings of an adaptation that names no method."""
-    if not args or not {"-h", "--help"}.isdisjoint(args) or names_a_method(args):
-        return list(args)
-    if args[0] == "fit" and "--print_config" not in args:
-        console.print(f"No method is named: the default recipe is used ({default_recipe().name}).")
-    return [args[0], "--config", str(default_recipe()), *args[1:]]
+class _Parsed(Exception):
+    """The configuration was parsed, and that was all."""
 
 
 def run(args: Sequence[str]) -> RunCLI:
@@ -411,17 +436,32 @@ def run(args: Sequence[str]) -> RunCLI:
         AdamergeError: Something that we can name is wrong.
         jsonargparse.ArgumentError: A key or value of the configuration is wrong.
     """
-    args = _with_recipe(args)
-    refuse_repeated_keys(file for file in config_files(args) if file.is_file())
+    with own_classes(args), unchanged_process():
+        return _run(args)
+
+
+def check(args: Sequence[str]) -> None:
+    """Parse a command line of `adamerge fit`, import the classes that it names, and open nothing.
+
+    Raises:
+        InputError: A key or value is wrong, or a class is missing or takes other options.
+    """
+    with own_classes(args), unchanged_process(), contextlib.suppress(_Parsed):
+        _run(args, only_parse=True)
+
+
+def _run(args: Sequence[str], *, only_parse: bool = False) -> RunCLI:
+    require_classes(args)
+    args = with_recipe(args)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips and remarks that no user needs
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
-        return _run_cli(args)
+        return _run_cli(args, only_parse=only_parse)
 
 
-def _run_cli(args: Sequence[str]) -> RunCLI:
+def _run_cli(args: Sequence[str], *, only_parse: bool) -> RunCLI:
     """Run; the exit with which the trainer answers Ctrl-C is an interrupt again."""
     try:
         with ExitStack() as claims:
@@ -430,6 +470,7 @@ def _run_cli(args: Sequence[str]) -> RunCLI:
                 claims,
                 merge_task,
                 MultiTaskData,
+                only_parse=only_parse,
                 save_config_callback=None,
                 seed_everything_default=0,
                 trainer_defaults={

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from adamerge.errors import InputError
 from adamerge.models.heads import Head, Residual
+from adamerge.ranges import Range, Seed, checked
 
 
 class Surgery(nn.Module):
@@ -27,10 +28,9 @@ class Surgery(nn.Module):
         InputError: ``rank`` is not positive.
     """
 
-    def __init__(self, rank: int = 16, seed: int = 0) -> None:
+    @checked
+    def __init__(self, rank: Annotated[int, Range("[1, 1e5]")] = 16, seed: Seed = 0) -> None:
         super().__init__()
-        if rank < 1:
-            raise InputError(f"rank={rank} is not positive.", "Use e.g. 16.")
         self.rank, self.seed = rank, seed
         self.tasks: tuple[str, ...] = ()
 

@@ -1,11 +1,13 @@
 """Entropy minimisation that keeps all classes in use: mutual information with a running mean."""
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Memory, Objective, entropy_of
+from adamerge.ranges import Factor, Range, checked
 
 _LEAST = 1e-6  # probability that a class keeps in the running mean: its logarithm is read
 
@@ -29,10 +31,9 @@ class Balanced(Objective):
         InputError: ``weight`` is negative or ``window`` is not positive.
     """
 
-    def __init__(self, weight: float = 1.0, window: float = 32.0) -> None:
+    @checked
+    def __init__(self, weight: Factor = 1.0, window: Annotated[float, Range("(0, 1e6]")] = 32.0) -> None:
         super().__init__()
-        if not weight >= 0 or not window > 0:
-            raise InputError(f"weight={weight}, window={window}.", "Use e.g. weight 1.0 and window 32.0.")
         self.weight, self.window = weight, window
         self.means: dict[str, Float[Tensor, " class"]] = {}
         self._before: dict[str, Float[Tensor, " class"]] = {}

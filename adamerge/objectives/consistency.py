@@ -1,6 +1,7 @@
 """Predictions that stay as they are when the image moves a little."""
 
 import hashlib
+from typing import Annotated
 
 import torch
 from jaxtyping import UInt8
@@ -9,8 +10,10 @@ from torch import Tensor
 from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Objective
 from adamerge.objectives.matching import divergence
+from adamerge.ranges import Range, Temperature, checked
 
 Pixels = UInt8[Tensor, "image channel height width"]
+Shift = Annotated[float, Range("[0, 0.5]")]
 
 
 class Consistency(Objective):
@@ -32,10 +35,14 @@ class Consistency(Objective):
 
     reads = "augmented"
 
-    def __init__(self, shift: float = 0.1, flip: bool = False, temperature: float = 1.0) -> None:
+    @checked
+    def __init__(
+        self,
+        shift: Shift = 0.1,
+        flip: bool = False,
+        temperature: Temperature = 1.0,
+    ) -> None:
         super().__init__()
-        if not 0 <= shift <= 0.5 or not temperature > 0:
-            raise InputError(f"shift={shift}, temperature={temperature}.", "Use e.g. 0.1 and 1.0.")
         self.shift, self.flip, self.temperature = shift, flip, temperature
 
     def second_view(self, images: Tensor, task: str, step: int) -> Pixels:

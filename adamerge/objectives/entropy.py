@@ -5,6 +5,7 @@ from typing import Literal
 
 from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Objective, entropy_of
+from adamerge.ranges import checked
 
 
 class Entropy(Objective):
@@ -15,6 +16,7 @@ class Entropy(Objective):
             logarithm of the number of classes.
     """
 
+    @checked
     def __init__(self, normalize: Literal["none", "log_c"] = "none") -> None:
         super().__init__()
         if normalize not in ("none", "log_c"):

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Objective
+from adamerge.ranges import Temperature, checked
 
 
 def divergence(logits: Logits, target: Logits, temperature: float) -> Loss:
@@ -26,10 +27,9 @@ class KLTeacher(Objective):
 
     needs_teacher = True
 
-    def __init__(self, temperature: float = 2.0) -> None:
+    @checked
+    def __init__(self, temperature: Temperature = 2.0) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature={temperature} is not positive.", "Use e.g. 2.0.")
         self.temperature = temperature
 
     def forward(self, logits: Logits, task: str, teacher: Logits | None = None) -> Loss:
@@ -59,6 +59,7 @@ class FeatureMatching(Objective):
     reads = "features"
     needs_teacher = True
 
+    @checked
     def __init__(self, distance: Literal["l1", "mse"] = "l1", normalize: bool = False) -> None:
         super().__init__()
         if distance not in ("l1", "mse"):

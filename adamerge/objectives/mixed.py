@@ -1,12 +1,12 @@
 """A weighted sum of objectives."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Memory, Objective, Reads, Views
+from adamerge.ranges import Coefficient, checked
 
 
 class Mixed(Objective):
@@ -24,13 +24,14 @@ class Mixed(Objective):
             are not finite or not as many.
     """
 
-    def __init__(self, parts: list[Objective], weights: list[float] | None = None) -> None:
+    @checked
+    def __init__(self, parts: list[Objective], weights: list[Coefficient] | None = None) -> None:
         super().__init__()
         if not parts or any(isinstance(part, Mixed) for part in parts):
             raise InputError("Mixed needs a flat list of objectives.", "List all parts in one `parts`.")
         weights = [1.0] * len(parts) if weights is None else weights
-        if len(weights) != len(parts) or not all(map(math.isfinite, weights)):
-            raise InputError(f"weights={weights} are not {len(parts)} finite numbers.", "Give one per part.")
+        if len(weights) != len(parts):
+            raise InputError(f"weights={weights} are not {len(parts)} numbers.", "Give one per part.")
         if sum(part.augments for part in parts) > 1:
             raise InputError(
                 "two parts of Mixed augment the images.", "Use at most one Consistency or Perturbed."

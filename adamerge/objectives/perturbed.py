@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Memory, Objective, entropy_of
+from adamerge.ranges import Rate, checked
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's own
 _Adversary = tuple[Tensor, Tensor, Tensor, int]  # perturbation, first and second moment, steps
@@ -36,7 +37,8 @@ class Perturbed(Objective):
     reads = "augmented"
     ascends = True
 
-    def __init__(self, lr: float = 1e-4) -> None:
+    @checked
+    def __init__(self, lr: Rate = 1e-4) -> None:
         super().__init__()
         if not (lr > 0 and math.isfinite(lr)):
             raise InputError(f"lr={lr}.", "Use a positive number such as 1e-4.")

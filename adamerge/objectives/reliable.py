@@ -1,14 +1,17 @@
 """Entropy of reliable predictions only, with recovery from collapse: SAR's idea per task."""
 
 import math
+from typing import Annotated
 
 from jaxtyping import Bool
 from torch import Tensor
 
-from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Memory, Objective, entropy_of
+from adamerge.ranges import Factor, Range, checked
 
 _DECAY = 0.9
+
+Threshold = Annotated[float, Range("(0, inf]")]  # infinite: plain entropy
 
 
 class ReliableEntropy(Objective):
@@ -29,12 +32,9 @@ class ReliableEntropy(Objective):
 
     judges_all = False
 
-    def __init__(self, threshold: float = 0.4, recovery: float = 0.029) -> None:
+    @checked
+    def __init__(self, threshold: Threshold = 0.4, recovery: Factor = 0.029) -> None:
         super().__init__()
-        if not (threshold > 0 and recovery >= 0):
-            raise InputError(
-                f"threshold={threshold}, recovery={recovery}.", "Both are shares of log C: use 0.4 and 0.029."
-            )
         self.threshold, self.recovery = threshold, recovery
         self.averages: dict[str, float] = {}
         self._before: dict[str, float] = {}

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamerge.errors import InputError
+from adamerge.ranges import Factor, checked
 
 BaseOptimizer = Callable[[Iterable[Any]], Optimizer]
 
@@ -29,15 +30,14 @@ class SharpnessAware(Optimizer):
         InputError: ``rho`` is negative.
     """
 
+    @checked
     def __init__(
         self,
         params: Iterable[Any],
         base: BaseOptimizer = torch.optim.Adam,
-        rho: float = 0.05,
+        rho: Factor = 0.05,
         adaptive: bool = False,
     ) -> None:
-        if rho < 0:
-            raise InputError(f"rho={rho} is negative.", "Use e.g. 0.05; 0 turns the ascent off.")
         super().__init__(params, {"rho": rho, "adaptive": adaptive})
         self.base = base(self.param_groups)
         self.param_groups = self.base.param_groups

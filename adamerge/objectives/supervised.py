@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from adamerge.errors import InputError
 from adamerge.objectives.base import Logits, Loss, Objective, Views
+from adamerge.ranges import checked
 
 
 class Supervised(Objective):
@@ -23,6 +24,7 @@ class Supervised(Objective):
 
     needs_labels = True
 
+    @checked
     def __init__(self, score: Literal["cross_entropy", "error_rate"] = "cross_entropy") -> None:
         super().__init__()
         if score not in ("cross_entropy", "error_rate"):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adamerge.errors import InputError
+from adamerge.ranges import Rate, checked
 
 
 class BiLevel(torch.optim.Adam):
@@ -28,8 +29,9 @@ class BiLevel(torch.optim.Adam):
         InputError: There are no masks.
     """
 
+    @checked
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, *, inner_lr: float = 1.0, mask_lr: float = 1e-3
+        self, params: Iterable[Any], lr: Rate = 1e-3, *, inner_lr: Rate = 1.0, mask_lr: Rate = 1e-3
     ) -> None:
         numbers, *masks = params
         if not masks:

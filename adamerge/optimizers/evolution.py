@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adamerge.errors import EnvironmentProblem, InputError
 from adamerge.optimizers.base import CoefficientOptimizer
+from adamerge.ranges import Count, Rate, Seed, checked
 
 Keep = Literal["mean", "best"]
 Points = Float64[np.ndarray, "point coefficient"]
@@ -38,14 +39,15 @@ class _Search(CoefficientOptimizer):
 
     reads = "loss"
 
+    @checked
     def __init__(
         self,
         params: Iterable[Any],
-        sigma: float = 0.1,
+        sigma: Rate = 0.1,
         *,
-        population: int | None = None,
+        population: Count | None = None,
         keep: Keep = "mean",
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if not sigma > 0:
             raise InputError(f"sigma={sigma} is not positive.", "Use e.g. 0.1.")

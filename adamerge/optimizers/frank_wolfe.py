@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.optimizers.base import CoefficientOptimizer
+from adamerge.ranges import PositiveShare, Rate, checked
 
 Granularity = Literal["group", "task"]
 Direction = Literal["inner_product", "cosine"]
@@ -41,12 +42,13 @@ class FrankWolfe(CoefficientOptimizer):
         InputError: An option is out of its range.
     """
 
+    @checked
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1.0,
+        lr: PositiveShare = 1.0,
         *,
-        scale: float = 1.0,
+        scale: Rate = 1.0,
         soft: bool = False,
         granularity: Granularity = "group",
         direction: Direction = "inner_product",

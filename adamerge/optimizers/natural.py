@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.optimizers.base import CoefficientOptimizer
+from adamerge.ranges import Positive, checked
 
 Curvature = Literal["fisher", "gauss_newton"]
 
@@ -36,21 +37,17 @@ class NaturalGradient(CoefficientOptimizer):
 
     reads = "task_gradients"
 
+    @checked
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1.0,
+        lr: Positive = 1.0,
         *,
-        damping: float = 1.0,
+        damping: Positive = 1.0,
         decay: float = 0.9,
         curvature: Curvature = "gauss_newton",
-        most: float = 0.1,
+        most: Positive = 0.1,
     ) -> None:
-        for option, value in (("lr", lr), ("damping", damping), ("most", most)):
-            if not value > 0:
-                raise InputError(
-                    f"{option}={value} is not positive.", "Leave it out, or use a positive number."
-                )
         if not 0 <= decay < 1:
             raise InputError(f"decay={decay} is not in [0, 1).", "Use e.g. 0.9.")
         if curvature not in ("fisher", "gauss_newton"):

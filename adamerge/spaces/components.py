@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adamerge.coefficients.learned import Clamp, Grouping
 from adamerge.errors import InputError
+from adamerge.ranges import Coefficient, PositiveShare, checked
 from adamerge.spaces.base import Numbers, Space
 from adamerge.vectors import TaskVectors
 
@@ -36,14 +37,15 @@ class Components(Space):
         InputError: An option is out of its range.
     """
 
+    @checked
     def __init__(
         self,
         kind: Kind = "mask",
-        keep: float = 1.0,
-        rank: float = 1.0,
+        keep: PositiveShare = 1.0,
+        rank: PositiveShare = 1.0,
         *,
         grouping: Grouping = "tensor",
-        initial: float | list[float] = 0.3,
+        initial: Coefficient | list[Coefficient] = 0.3,
         clamp: Clamp = "off",
         pattern: str | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from adamerge.coefficients.learned import Clamp, Grouping
-from adamerge.errors import InputError
+from adamerge.ranges import Coefficient, Natural, Seed, Temperature, checked
 from adamerge.spaces.base import Numbers, Space
 from adamerge.vectors import TaskVectors
 from adamerge.vectors.block import Merge
@@ -45,24 +45,21 @@ class Concrete(Space):
         InputError: An option is out of its range.
     """
 
+    @checked
     def __init__(
         self,
         grouping: Grouping = "tensor",
-        initial: float | list[float] = 0.3,
+        initial: Coefficient | list[Coefficient] = 0.3,
         clamp: Clamp = "off",
         *,
-        temperature: float = 0.5,
-        fix_after: int | None = None,
+        temperature: Temperature = 0.5,
+        fix_after: Natural | None = None,
         dual: bool = False,
         learn_numbers: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
         pattern: str | None = None,
     ) -> None:
         super().__init__(grouping, initial, clamp, pattern=pattern)
-        if not temperature > 0 or (fix_after is not None and fix_after < 0):
-            raise InputError(
-                f"temperature={temperature}, fix_after={fix_after}.", "Use e.g. 0.5, and 0 or more steps."
-            )
         self.temperature, self.fix_after, self.seed = temperature, fix_after, seed
         self.dual, self.learn_numbers = dual, learn_numbers
         self.step = 0

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.ranges import Coefficient, checked
 from adamerge.spaces.base import Numbers, Space
 from adamerge.vectors import Block, TaskVectors
 
@@ -48,8 +49,9 @@ class Elements(Space):
         InputError: The pattern is no regular expression, or ``per`` is neither.
     """
 
+    @checked
     def __init__(
-        self, per: Literal["entry", "row"] = "entry", initial: float = 0.3, pattern: str | None = None
+        self, per: Literal["entry", "row"] = "entry", initial: Coefficient = 0.3, pattern: str | None = None
     ) -> None:
         super().__init__("tensor", initial, pattern=pattern)
         if per not in ("entry", "row"):

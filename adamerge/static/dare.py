@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from adamerge.ranges import Seed
 from adamerge.static.primitives.dropping import (
     Rescale,
     highest_kept,
@@ -33,7 +34,7 @@ def dare_drop(
     name: str,
     drop_rate: float = 0.5,
     rescale: Rescale = "inverse_prob",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Float[Tensor, "task *param"]:
     """Drop every entry of every task vector with one probability, independently, and rescale the others.
 
@@ -75,7 +76,7 @@ def dare(
     density: float = 0.2,
     aggregate: Aggregate = "sum",
     scale: float = 0.3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Callable[..., Tensor]:
     """Merge what DARE leaves of the task vectors, by task arithmetic or by TIES.
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.ranges import Seed
 from adamerge.static.primitives.dropping import (
     Rescale,
     highest_kept,
@@ -30,7 +31,7 @@ def della_drop(
     density: float = 0.5,
     epsilon: float = 0.15,
     rescale: Rescale = "l1",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Float[Tensor, "task *param"]:
     """Drop entries of every task vector at random, the smaller ones of a row with greater probability.
 
@@ -80,7 +81,7 @@ def della(
     rescale: Rescale = "l1",
     aggregate: Aggregate = "sum",
     scale: float = 0.3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Float[Tensor, "*param"]:
     """Merge what DELLA leaves of the task vectors where it agrees with the elected sign, as TIES does.
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.ranges import Seed
 from adamerge.static.primitives.dropping import highest_kept, random_bits
 from adamerge.static.primitives.selection import (
     global_threshold,
@@ -40,7 +41,7 @@ def knots(
     scale: float = 1.0,
     cutoff: float = 1e-4,
     drop_rate: float = 0.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Callable[..., Tensor]:
     """Align the tasks' matrices by one SVD, and merge their coordinates.
 

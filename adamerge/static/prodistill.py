@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 
 from adamerge.errors import InputError, NumericError
 from adamerge.progress import track
+from adamerge.ranges import Seed
 from adamerge.state import State
 from adamerge.static.registry import static_method
 from adamerge.vectors import Stacks
@@ -64,7 +65,7 @@ def prodistill(
     lr: float = 0.01,
     epochs: int = 100,
     shots: int = 64,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Callable[..., Tensor]:
     """Fit, block after block, what the merged block makes of the merged stream to the experts' outputs.
 

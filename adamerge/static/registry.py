@@ -3,10 +3,10 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from adamerge.errors import InputError, nearest
+from adamerge.ranges import Coefficient, require
 
 Scope = Literal["entry", "tensor", "model"]
 Grain = Literal["entry", "tensor"]
@@ -110,18 +110,6 @@ def look_up(rows: Mapping[str, Method], name: str, options: Mapping[str, object]
         if option not in known:
             hint = nearest(option, known) if known else "It takes no options."
             raise InputError(f"{name} has no option {option!r}.", hint)
-        _require_type(option, options[option], get_type_hints(rows[name].function)[option])
+        hint = get_type_hints(rows[name].function, include_extras=True)[option]
+        require(option, options[option], Coefficient if hint is float else hint)
     return rows[name]
-
-
-def _require_type(option: str, value: object, wanted: Any) -> None:
-    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
-    for kind in kinds:
-        origin = get_origin(kind) or kind
-        if origin is Literal:
-            return  # every method names its choices itself
-        accepted = {float: (int, float), list: (list, tuple)}.get(origin, origin)
-        if isinstance(value, accepted) and isinstance(value, bool) <= (kind is bool):
-            return
-    names = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
-    raise InputError(f"{option}={value!r} has the wrong type.", f"Give {names}.")

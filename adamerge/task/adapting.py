@@ -1,26 +1,30 @@
 """MergeTask: coefficients x objective x codec x optimizer, learned on unlabelled inputs."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adamerge.coefficients import Coefficients
 from adamerge.data.datasets import Images
-from adamerge.data.module import Batch
+from adamerge.data.module import Batch, MultiTaskData
 from adamerge.errors import AdamergeWarning, InputError, NumericError, shortlist
 from adamerge.mixture import RouterStep
 from adamerge.models import Backbone, Head, Surgery, require_class_names
 from adamerge.objectives import Entropy, Objective
 from adamerge.progress import track
+from adamerge.ranges import Natural, Range, checked
 from adamerge.safety import LastGood, require_finite_parameters, require_finite_step
 from adamerge.task.combining import (
     Decay,
+    MakeOptimizer,
+    made,
     require_comparable,
     require_decay,
     require_objective,
@@ -31,7 +35,6 @@ from adamerge.task.known import Known, facts_of
 from adamerge.task.stepping import Stepping
 from adamerge.vectors import TaskVectors
 
-MakeOptimizer = Callable[[Any], Optimizer]
 _CHECKPOINT_KEY = "adamerge"
 
 
@@ -69,6 +72,7 @@ class MergeTask(Stepping):
             is to be recalibrated.
     """
 
+    @checked
     def __init__(
         self,
         vectors: TaskVectors,
@@ -79,10 +83,10 @@ class MergeTask(Stepping):
         *,
         optimizer: MakeOptimizer = published_adam,
         decay: Decay = "none",
-        images_per_pass: int = 16,
+        images_per_pass: Natural = 16,
         experts: TaskVectors | None = None,
         adapters: Surgery | None = None,
-        recalibrate: int = 0,
+        recalibrate: Annotated[int, Range("[0, 1e6]")] = 0,
     ) -> None:
         parts = {"coefficients": coefficients, "experts": experts, "adapters": adapters}
         super().__init__(vectors, backbone, heads, **parts, recalibrate=recalibrate)
@@ -107,12 +111,17 @@ class MergeTask(Stepping):
         Raises:
             InputError: It is of no use to these coefficients, this objective or several processes.
         """
+        return self._optimizer_for(self._trainer)
+
+    def _optimizer_for(self, trainer: Trainer | None) -> Optimizer | None:
         parameters = list(self.learned.parameters())
-        optimizer = self.make_optimizer(parameters) if parameters else None
-        if optimizer:
-            require_optimizer(optimizer, self, self._world_size())
-            if self.decay != "none":
-                require_decay(self.decay, optimizer, self.trainer.max_steps)
+        if not parameters:
+            return None
+        optimizer = made(self.make_optimizer, parameters)
+        last, processes = (trainer.max_steps, trainer.world_size) if trainer else (0, 1)
+        require_optimizer(optimizer, self, last, processes)
+        if self.decay != "none":
+            require_decay(self.decay, optimizer, last)
         return optimizer
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -223,9 +232,24 @@ class MergeTask(Stepping):
         self.log_dict(values)
 
     def setup(self, stage: str) -> None:
-        """Check that data, experts and heads agree, before any work."""
-        headless = [task for task in self.data.tasks if task not in self.heads]
-        unknown = [task for task in self.data.adapting_tasks if task not in self.vectors.tasks]
+        """Check that data, experts, heads and trainer agree, and prepare the images for the backbone."""
+        self.require_together(self.data, self.trainer, fits=stage == "fit")
+        self.data.use(self.backbone)
+        self.data.use_heads(self.heads)
+
+    def require_together(self, data: MultiTaskData, trainer: Trainer, *, fits: bool) -> None:
+        """Check that data, experts, heads, optimizer and trainer agree, before any work.
+
+        Args:
+            data: The images.
+            trainer: What runs.
+            fits: Whether it learns, and does not only evaluate.
+
+        Raises:
+            InputError: The first thing that cannot be.
+        """
+        headless = [task for task in data.tasks if task not in self.heads]
+        unknown = [task for task in data.adapting_tasks if task not in self.vectors.tasks]
         unknown += [task for task in headless if task not in (*self.vectors.tasks, *unknown)]
         if unknown:
             raise InputError(
@@ -235,10 +259,10 @@ class MergeTask(Stepping):
         if headless:
             raise InputError(f"data tasks {headless} have no head.", f"Heads: {list(self.heads)}.")
         normalises = self._router_step is not None and self._router_step.normalises
-        require_trainer(self.trainer, self._world_size(), fits=stage == "fit", normalises=normalises)
-        require_class_names(self.heads, {task: spec.classes for task, spec in self.data.tasks.items()})
-        self.data.use(self.backbone)
-        self.data.use_heads(self.heads)
+        require_trainer(trainer, trainer.world_size, fits=fits, normalises=normalises)
+        require_class_names(self.heads, {task: spec.classes for task, spec in data.tasks.items()})
+        if fits:
+            self._optimizer_for(trainer)
 
     def on_fit_start(self) -> None:
         """Move the frozen parts to the device and cache what teachers say and routers read."""

@@ -1,19 +1,22 @@
 """Which objective, coefficients, optimizer and trainer go together; others are refused with the reason."""
 
 import warnings
-from collections.abc import Container, Sequence
-from typing import Literal
+from collections.abc import Callable, Container, Sequence
+from typing import Any, Literal
 
+import torch
 from pytorch_lightning import Trainer
 from torch.optim import Optimizer
 
-from adamerge.errors import AdamergeWarning, InputError, shortlist
+from adamerge.errors import AdamergeError, AdamergeWarning, InputError, shortlist
 from adamerge.objectives import Objective
 from adamerge.optimizers import BiLevel, CoefficientOptimizer
+from adamerge.ranges import require
 from adamerge.spaces import Concrete
 from adamerge.task.stepping import Stepping
 
 Decay = Literal["none", "linear"]
+MakeOptimizer = Callable[[Any], Optimizer]
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _COMPARABLE = "Search with an objective that judges every image, such as KLTeacher."
 
@@ -27,7 +30,36 @@ def require_objective(objective: Objective, *, routed: bool) -> None:
         raise InputError(f"{name} needs a router.", "Use coefficients such as adamerge.Router.")
 
 
-def require_optimizer(optimizer: Optimizer, task: Stepping, processes: int) -> None:
+def made(make: MakeOptimizer, parameters: Sequence[Any]) -> Optimizer:
+    """Make an optimizer, once its options have proved to make one that can step.
+
+    Raises:
+        InputError: The optimizer refuses its options, or one of them is no finite number.
+    """
+    try:
+        optimizer = make(parameters)
+        if not isinstance(optimizer, CoefficientOptimizer | BiLevel):
+            _step_once(make, parameters[0].device)
+    except AdamergeError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"optimizer: {reason[:300]}", "Look at the options of model.optimizer.") from error
+    for group in optimizer.param_groups:
+        for option, value in group.items():
+            if isinstance(value, float):
+                require(f"optimizer {option}", value, float)
+    return optimizer
+
+
+def _step_once(make: MakeOptimizer, device: torch.device) -> None:
+    """Step with a parameter of no consequence."""
+    trial = torch.nn.Parameter(torch.zeros(2, 2, device=device))
+    trial.grad = torch.zeros_like(trial)
+    make([trial]).step(lambda: 0.0)
+
+
+def require_optimizer(optimizer: Optimizer, task: Stepping, max_steps: int, processes: int) -> None:
     """Refuse an optimizer that is of no use to this objective, these coefficients or several processes."""
     searches = getattr(optimizer, "reads", "") == "loss"
     if not task.objective.differentiable and not searches:
@@ -36,7 +68,7 @@ def require_optimizer(optimizer: Optimizer, task: Stepping, processes: int) -> N
     if isinstance(optimizer, CoefficientOptimizer):
         _require_matrix(optimizer, task, processes)
     if isinstance(optimizer, BiLevel):
-        _require_masks(task, processes)
+        _require_masks(task, max_steps, processes)
     if searches:
         _require_judge(optimizer, task.objective)
 
@@ -96,7 +128,7 @@ def _require_matrix(optimizer: CoefficientOptimizer, task: Stepping, processes: 
         raise InputError(f"{name} steps on the tasks' gradients alone.", "Leave out Prior, or use Adam.")
 
 
-def _require_masks(task: Stepping, processes: int) -> None:
+def _require_masks(task: Stepping, last: int, processes: int) -> None:
     """Two levels are numbers and masks, and nothing else, in one process, and both have their turn."""
     space = task.coefficients
     if not isinstance(space, Concrete) or task.adapters is not None or processes > 1:
@@ -104,7 +136,6 @@ def _require_masks(task: Stepping, processes: int) -> None:
             "BiLevel needs numbers and masks alone, and one process.",
             "Use adamerge.Concrete without adapters, on one device.",
         )
-    last = task.trainer.max_steps
     if space.learn_numbers and space.fix_after and 0 < last <= space.fix_after:
         warnings.warn(
             f"the numbers have their turn after fix_after={space.fix_after} steps, and max_steps={last}: "

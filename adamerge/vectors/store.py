@@ -19,6 +19,7 @@ from adamerge.compression import is_compressed, open_compressed
 from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
 from adamerge.models.last_layers import LastLayers, find_last_layers, folder_of, labelled_tensors
 from adamerge.models.library_names import module_names, under_library_names
+from adamerge.ranges import checked
 from adamerge.state import State, audit, matches, tied_names
 from adamerge.vectors.block import Block, Codec, Merge
 from adamerge.vectors.dense import CODEC_DTYPES, DenseCodec
@@ -241,7 +242,7 @@ def make_codec(codec: str | Codec, options: Mapping[str, Any] | None = None) -> 
     for option in options or ():
         if option not in known:
             raise InputError(f"codec {codec!r} has no option {option!r}.", nearest(option, known))
-    return CODECS[codec](**(options or {}))
+    return checked(CODECS[codec])(**(options or {}))
 
 
 def open_base(source: Source, role: str = "base") -> State:

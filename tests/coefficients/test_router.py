@@ -160,7 +160,7 @@ def test_yaml_gives_every_option() -> None:
         ({"shared": True}, "shared=True is of no use beside reads='input'"),
         ({"initial": float("inf")}, "initial=inf is not finite"),
         ({"groups": "mlp("}, r"groups='mlp\(' is no regular expression"),
-        ({"seed": -1}, "seed=-1 is no seed"),
+        ({"seed": -1}, "seed=-1 is out of range"),
         ({"select": "top_k", "k": 4}, "k=4 experts cannot be kept of 3"),
     ],
 )
@@ -172,7 +172,7 @@ def test_wrong_options_are_refused(options: dict[str, object], message: str) -> 
 
 @pytest.mark.parametrize("option", ["gate_rank", "top_k"])
 def test_ranks_below_one_are_refused(option: str) -> None:
-    with pytest.raises(InputError, match=f"{option}=0 is below 1"):
+    with pytest.raises(InputError, match=f"{option}=0 is out of range"):
         Subspace(**{option: 0})
 
 

@@ -286,18 +286,18 @@ def test_more_processes_than_tasks_are_refused(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "reason"),
     [
-        {"batch_size": 0},
-        {"eval_batch_size": -1},
-        {"holdout": 1.0},
-        {"holdout": -0.1},
-        {"shots": -1},
-        {"num_workers": -1},
+        ({"batch_size": 0}, r"batch_size=0 is out of range.\nUse a whole number in \[1, 1e6\]"),
+        ({"eval_batch_size": -1}, r"eval_batch_size=-1 is out of range.\nUse a whole number in \[1, 1e6\]"),
+        ({"holdout": 1.0}, r"holdout=1.0 is out of range.\nUse a number in \[0, 1\)"),
+        ({"holdout": -0.1}, r"holdout=-0.1 is out of range.\nUse a number in \[0, 1\)"),
+        ({"shots": -1}, r"shots=-1 is out of range.\nUse a whole number in \[0, 1e9\]"),
+        ({"num_workers": -1}, r"num_workers=-1 is out of range.\nUse a whole number in \[0, 256\]"),
     ],
 )
-def test_options_out_of_range_are_refused(make: Make, option: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="sizes must be positive, holdout in"):
+def test_options_out_of_range_are_refused(make: Make, option: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
         make(**option)
 
 

@@ -46,7 +46,9 @@ def test_teachers_are_asked_only_where_they_are_needed() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_must_be_positive(temperature: float) -> None:
-    with pytest.raises(InputError, match="is not positive"):
+    with pytest.raises(
+        InputError, match=r"temperature=.* is (out of range|not finite).\nUse a number in \[1e-4, 1e4\]"
+    ):
         KLTeacher(temperature)
 
 
@@ -84,7 +86,7 @@ def test_a_prior_pulls_every_parameter_to_its_start() -> None:
 class TestReliableEntropy:
     @pytest.mark.parametrize("options", [{"threshold": -1.0}, {"threshold": math.nan}, {"recovery": -0.1}])
     def test_options_out_of_range_are_refused(self, options: dict) -> None:
-        with pytest.raises(InputError, match="shares of log C"):
+        with pytest.raises(InputError, match=f"{next(iter(options))}=.* is (out of range|not finite)"):
             ReliableEntropy(**options)
 
     def test_an_infinite_threshold_is_plain_entropy(self) -> None:
@@ -208,7 +210,7 @@ class TestSharpnessAware:
 
     def test_wrong_uses_are_refused(self) -> None:
         w = nn.Parameter(torch.zeros(1))
-        with pytest.raises(InputError, match=r"rho=-1.0 is negative"):
+        with pytest.raises(InputError, match=r"rho=-1.0 is out of range"):
             self.optimizer(w, rho=-1.0)
         with pytest.raises(
             InputError, match="needs a closure .*\nIt cannot be used with precision '16-mixed'"

@@ -150,8 +150,8 @@ class TestMixed:
         [
             ([], None, "needs a flat list"),
             ([Mixed([Entropy()])], None, "needs a flat list"),
-            ([Entropy()], [1.0, 2.0], r"weights=\[1.0, 2.0\] are not 1 finite numbers"),
-            ([Entropy()], [math.nan], "are not 1 finite numbers"),
+            ([Entropy()], [1.0, 2.0], r"weights=\[1.0, 2.0\] are not 1 numbers"),
+            ([Entropy()], [math.nan], r"weights=\[nan\] has the wrong type.\nUse a list, each a number"),
         ],
     )
     def test_sums_that_cannot_work_are_refused(

@@ -127,8 +127,8 @@ def test_the_edit_and_the_method_have_one_name() -> None:
     [
         ({"density": 20.0}, "density=20.0 is outside (0, 1].\nDid you mean 0.2?"),
         ({"alpha": 0.0}, "alpha=0.0 is no positive number.\nUse e.g. 1.0."),
-        ({"alpha": float("nan")}, "alpha=nan is no positive number.\nUse e.g. 1.0."),
-        ({"alpha": 1e39}, "alpha=1e+39 makes values that fp32 cannot hold.\nUse e.g. 1.0."),
+        ({"alpha": float("nan")}, "alpha=nan is not finite.\nUse a number in [-1e6, 1e6]."),
+        ({"alpha": 1e39}, "alpha=1e+39 is out of range.\nUse a number in [-1e6, 1e6]."),
         ({"value": "max"}, "value='max' is unknown.\nUse 'std' or 'mean'."),
         ({"merger": "dare"}, "merger='dare' is unknown.\nUse 'linear' or 'ties'."),
         ({"aggregate": "Sum"}, "aggregate='Sum' is unknown.\nUse 'sum', 'mean' or 'max'."),

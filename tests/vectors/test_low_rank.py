@@ -144,7 +144,7 @@ class TestCodec:
             ({"fraction": 0.0}, r"fraction=0.0 is outside \(0, 1\]"),
             ({"energy": 1.5}, r"energy=1.5 is outside \(0, 1\]"),
             ({"energy": float("nan")}, "energy=nan is outside"),
-            ({"dtype": "fp8"}, "dtype 'fp8' is unknown.\nDid you mean 'fp"),
+            ({"dtype": "fp8"}, "dtype 'fp8' is unknown.\nKnown: bf16, fp16, fp32."),
         ],
     )
     def test_wrong_options_are_refused(self, options: dict[str, Any], problem: str) -> None:
