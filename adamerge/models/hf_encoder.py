@@ -231,18 +231,21 @@ def expects_classifiers(
 def headless_base(path: Path, experts: Mapping[str, Path]) -> HFEncoder | None:
     """Return the backbone of a base that lacks layers of its experts' classifiers; None of any other base.
 
+    A merge of files asks for no tokenizer and no image processor: where they are missing, no backbone can be
+    made, and names and shapes alone tell what base and experts share.
+
     Args:
         path: The base's folder.
         experts: The experts' paths by task.
-
-    Raises:
-        InputError: The base cannot be read.
     """
     if not path.is_dir() or not is_hf_encoder(path) or _is_classifier(path):
         return None
     if not any(map(_is_classifier, experts.values())):
         return None
-    backbone = HFEncoder(path, classifiers=True)
+    try:
+        backbone = HFEncoder(path, classifiers=True)
+    except InputError:
+        return None
     return None if backbone.own_model is None else backbone
 
 

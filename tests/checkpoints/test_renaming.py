@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.checkpoints import Checkpoint, SpanReader, open_checkpoint
 from adamerge.checkpoints.renaming import prefix_of, under_names_of
+from adamerge.cli import main
 from adamerge.errors import AdamergeWarning, InputError
 from adamerge.names import PREFIXES
 from adamerge.vectors import TaskVectors
@@ -207,3 +209,15 @@ class TestTiedTensors:
         assert torch.allclose(merged["lm_head.weight"], base["embed.weight"] + 1)
         merged = vectors.merge(vectors.one_hot("u"))
         assert torch.allclose(merged["lm_head.weight"], untied["lm_head.weight"])
+
+
+def test_a_bare_encoder_without_tokenizer_is_a_base_of_classifiers(tmp_path: Path) -> None:
+    """A merge of files needs no tokenizer."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=32, **small)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "x")
+    words = ["merge", "task_arithmetic", "--scale", "1", "--force", "true", "--base", str(tmp_path / "base")]
+    assert main([*words, "--experts", f"x={tmp_path / 'x'}", "--out", str(tmp_path / "out")]) == 0
+    merged, expert = (open_checkpoint(tmp_path / name) for name in ("out", "x"))
+    assert all(torch.allclose(merged[name], expert[f"bert.{name}"], atol=1e-6) for name in merged)
