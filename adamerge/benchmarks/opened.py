@@ -17,7 +17,7 @@ from adamerge.fitting import model_settings, open_vectors, weight_digests
 from adamerge.models import Backbone, Head, ModuleBackbone, Statistics, open_heads, walk
 from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
-from adamerge.vectors import STREAM, TaskVectors
+from adamerge.vectors import STREAM, Codec, TaskVectors
 
 INDIVIDUAL = "individual"
 BOUNDS = ("zero_shot", INDIVIDUAL)
@@ -32,13 +32,24 @@ class Models:
         codec: Stored form of the task vectors.
         data: The images; they are prepared for the backbone once that is open.
         cache: Folder of the experts' statistics.
+        force: Accept experts that look as if they came from another base, or whose settings differ.
     """
 
     def __init__(
-        self, base: str, experts: Mapping[str, str], codec: str, data: MultiTaskData, cache: Path
+        self,
+        base: str,
+        experts: Mapping[str, str],
+        codec: str,
+        data: MultiTaskData,
+        cache: Path,
+        *,
+        force: bool = False,
     ) -> None:
         self.base, self.experts, self.codec = base, experts, codec
-        self.data, self.cache = data, cache
+        self.data, self.cache, self._force = data, cache, force
+
+    def _open(self, codec: str | Codec) -> tuple[TaskVectors, ModuleBackbone]:
+        return open_vectors(self.base, self.experts, codec=codec, tasks=self.data.tasks, force=self._force)
 
     def inputs(self, method: str) -> dict[str, str]:
         """Hash the images, labels and head files that a row depends on, as the backbone reads them."""
@@ -110,12 +121,12 @@ class Models:
     def vectors(self) -> TaskVectors:
         """The experts, in memory."""
         _ = self.backbone  # which prepares the images
-        return open_vectors(self.base, self.experts, codec=self.codec, tasks=self.data.tasks)[0]
+        return self._open(self.codec)[0]
 
     @cached_property
     def backbone(self) -> ModuleBackbone:
         """The model of any weights; opening it audits the experts' files, and stores nothing of them."""
-        _, backbone = open_vectors(self.base, self.experts, codec=STREAM, tasks=self.data.tasks)
+        _, backbone = self._open(STREAM)
         self.data.use(backbone)
         return backbone
 

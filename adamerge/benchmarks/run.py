@@ -44,6 +44,7 @@ class Benchmark:
         out: Folder of the table; each method has a run folder under ``out/methods``.
         premises: What must hold before anything is merged; default: the configuration's ``gate``.
         settings: Of the images, in the place of the configuration's own: batch_size, holdout, ...
+        force: Accept experts that look as if they came from another base, or whose settings differ.
 
     Raises:
         InputError: The configuration is no benchmark, or has adaptation images of a task without an expert.
@@ -55,12 +56,16 @@ class Benchmark:
         out: Path,
         premises: gate.Premises | None = None,
         settings: Mapping[str, Any] | None = None,
+        *,
+        force: bool = False,
     ) -> None:
         require_path("out", str(out))
         document = read_document(config) if isinstance(config, Path) else dict(config)
         _require_settings(settings or {})
         if settings:
             document["data"] = {**document.get("data", {}), **settings}
+        if force and isinstance(document.get("model"), dict):
+            document["model"] = {**document["model"], "force": True}
         accuracy = document.pop("gate", None) or {}
         self.document, self.text = document, dump(document)
         self._beside = [config] if isinstance(config, Path) else []
@@ -74,7 +79,8 @@ class Benchmark:
             self.premises = premises or gate.Premises({t: float(v) for t, v in accuracy.items()})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise no_benchmark(name, error) from error
-        self.models = Models(base, experts, codec, self.data, out / "statistics")
+        force = bool(model.get("force", False))
+        self.models = Models(base, experts, codec, self.data, out / "statistics", force=force)
         self.waived: list[str] = []
         self.failures: dict[str, Exception] = {}
         self._individual: Mapping[str, float] | None = None

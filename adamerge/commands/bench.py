@@ -42,6 +42,7 @@ def bench(
     gate: dict[str, float] | None = None,
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> int:
     """Run methods on a benchmark, one row each; rows that were finished before are not computed again.
 
@@ -72,6 +73,7 @@ def bench(
         data: Settings of the images: --data.batch_size 32, --data.holdout 0.
         trainer: Settings of the rows of configs/methods: --trainer.accelerator gpu; numbers of steps,
             such as --trainer.max_steps 100, are those of rows that learn.
+        force: Accept experts that look as if they came from another base, or whose settings differ from its.
     """
     if action != "run":
         raise InputError(f"there is no action {action!r}.", "Write: adamerge bench run BENCHMARK")
@@ -102,6 +104,7 @@ def bench(
         Path(out) if out else Path("runs") / "bench" / name,
         definition.premises if definition else None,
         data,
+        force=force,
     )
     table.premises = _stated(table.premises, expect, waive, gate)
     clean = define(benchmark, **{**given, "corruption": ""}) if corruption else None

@@ -1,6 +1,7 @@
 """`adamerge bench run`, and static merges that measure the experts on images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import adamerge
 from adamerge.cli import main
+from adamerge.errors import AdamergeWarning
 
 
 @pytest.fixture
@@ -141,3 +143,23 @@ def test_an_unexpected_failure_of_a_row_names_its_type(
     out = str(tmp_path / "table")
     assert main(["bench", "run", str(benchmark), "--methods", "average,individual", "--out", out]) == 1
     assert "average: failed: KeyError: 'mnist'" in capsys.readouterr().err
+
+
+def test_force_reaches_every_row(
+    clip: Path, rows: dict[str, dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = write_benchmark(tmp_path, clip, rows)
+    document = yaml.safe_load(benchmark.read_text())
+    expert = Path(shutil.copytree(clip / "base", tmp_path / "expert"))
+    shutil.copy(clip / "experts" / "dots.safetensors", expert / "open_clip_model.safetensors")
+    settings = json.loads((expert / "open_clip_config.json").read_text())
+    settings["preprocess_cfg"]["mean"] = [0.1, 0.1, 0.1]
+    (expert / "open_clip_config.json").write_text(json.dumps(settings))
+    document["model"]["experts"]["dots"] = str(expert)
+    benchmark.write_text(yaml.safe_dump(document))
+    line = ["bench", "run", str(benchmark), "--methods", "average,adamerging_task_wise"]
+    line += ["--out", str(tmp_path / "out"), "--trainer.max_steps", "1"]
+    assert main(line) == 2
+    assert "--force true" in capsys.readouterr().err
+    with pytest.warns(AdamergeWarning, match="mean"):
+        assert main([*line, "--force", "true"]) == 0
