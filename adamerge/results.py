@@ -30,6 +30,7 @@ class ResultRow:
         unseen: Tasks that are evaluated only: no expert of theirs was merged.
         unseen_mean: Plain mean over those.
         source: The publication that the row was taken from; empty for what was computed here.
+        inputs: What the tasks' inputs are called: "images" or "texts".
     """
 
     method: str
@@ -44,6 +45,7 @@ class ResultRow:
     unseen: list[str] = field(default_factory=list)
     unseen_mean: float | None = None
     source: str = ""
+    inputs: str = "images"
 
     @property
     def label(self) -> str:
@@ -162,7 +164,7 @@ def doubts(
     if row and (row.normalized_mean or 0) > _ODD_NORMALIZED_MEAN:
         notes.append(
             f"normalized mean {row.normalized_mean:.1f}: above {_ODD_NORMALIZED_MEAN:.0f} % of the experts. "
-            "Do they fit these test images?"
+            f"Do they fit these test {row.inputs}?"
         )
     return notes
 
@@ -172,12 +174,19 @@ def print_table(rows: Sequence[ResultRow], title: str) -> None:
     header, *lines = table_lines([replace(row, method=row.label, source="") for row in rows])
     print_columns(header, lines, title)
     out = terminal()
-    if any(row.transductive for row in rows):
-        out.print("* transductive: the test images were among the adaptation images", highlight=False)
+    for note in footnotes(rows):
+        out.print(f"* {note}", highlight=False)
     for row in rows:
         unmeasured = [task for task in row.details.get("agreement", {}) if task not in row.accuracy]
         for note in [*row.notes, *agreements(row, unmeasured)]:
             out.print(f"{row.method}: {note}", markup=False, highlight=False)
+
+
+def footnotes(rows: Iterable[ResultRow]) -> Iterator[str]:
+    """Return what the star behind an accuracy means, if there is one."""
+    marked = next((row for row in rows if row.transductive), None)
+    if marked:
+        yield f"transductive: the test {marked.inputs} were among the adaptation {marked.inputs}"
 
 
 def outcome(row: ResultRow) -> str:
@@ -196,7 +205,7 @@ def agreements(row: ResultRow, tasks: Iterable[str]) -> Iterator[str]:
     for task in tasks:
         share = row.details["agreement"][task]
         yield (
-            f"{task}: agrees with its expert on {share['now']:.1f} % of held-out adaptation images "
+            f"{task}: agrees with its expert on {share['now']:.1f} % of held-out adaptation {row.inputs} "
             f"({share['start']:.1f} % at the start)"
         )
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ def test_the_terminal_shows_the_table_and_every_note(capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     for fragment in ("demo", "54.1", "merged: stopped early", "* transductive: the test images"):
         assert fragment in printed
+    print_table([replace(row, inputs="texts") for row in ROWS], "demo")
+    assert "* transductive: the test texts were among the adaptation texts" in capsys.readouterr().out
     print_table(ROWS[:1], "demo")
     assert "transductive" not in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from adamerge.benchmarks.run import Benchmark
-from adamerge.results import ResultRow, markdown_table
+from adamerge.results import ResultRow, footnotes, markdown_table
 from adamerge.static import EDITS, METHODS
 
 # Where published codes differ, and what is done here whatever the options are.
@@ -17,7 +17,7 @@ _ALWAYS = (
     "normalised, a class's mean normalised again, times exp(logit scale)",
     "gradient of the coefficients: one backward pass of the summed losses, the merged weights as leaves",
     "entropy: from log-softmax, in nats, not divided by log C",
-    "weights: base plus coefficients times task vectors, of the tensors that the image tower reads",
+    "weights: base plus coefficients times task vectors, of the tensors that the features depend on",
 )
 _LEARNED = {
     "coefficients": ("model", "coefficients"),
@@ -27,7 +27,7 @@ _LEARNED = {
     "codec": ("model", "codec"),
     "optimizer": ("model", "optimizer"),
     "steps": ("trainer", "max_steps"),
-    "images per task and step": ("data", "batch_size"),
+    "inputs per task and step": ("data", "batch_size"),
     "held out": ("data", "holdout"),
     "seed": ("seed_everything",),
 }
@@ -55,8 +55,7 @@ def write_report(benchmark: Benchmark, rows: Sequence[ResultRow], title: str, ch
 
 
 def _remarks(rows: Sequence[ResultRow], failures: Mapping[str, Exception]) -> Iterator[str]:
-    if any(row.transductive for row in rows):
-        yield "\\* transductive: the test images were among the adaptation images."
+    yield from (f"\\* {note}." for note in footnotes(rows))
     if any(row.source for row in rows):
         yield (
             'Rows marked "published" were not computed here; they are of the same family of checkpoints as '
@@ -123,7 +122,8 @@ def _short(value: Any) -> str:
 
 def _inputs(rows: Sequence[ResultRow]) -> Iterator[str]:
     found = next((row.provenance for row in rows if "weights" in row.provenance), {})
-    for kind, name in (("weights", "weights"), ("data", "images")):
+    noun = next((row.inputs for row in rows if not row.source), "images")
+    for kind, name in (("weights", "weights"), ("data", noun)):
         yield from (f"{name} of {key}: SHA-256 `{value}`" for key, value in found.get(kind, {}).items())
     if found:
         yield "code: " + ", ".join(f"{key} {value}" for key, value in found["code"].items())

@@ -264,6 +264,7 @@ class Benchmark:
             unknown=evaluation.unknown,
             notes=doubts(evaluation.known, n_classes) if method == INDIVIDUAL else [],
             unseen=self.unseen,
+            inputs=self.data.noun,
             transductive=[task for task, count in counts.items() if count],
             provenance={
                 "code": provenance.code_version(),

@@ -92,7 +92,10 @@ def _tasks(
         definition = define(benchmark, mirror=mirror)
         rows = {name: TaskSpec(**row) for name, row in definition.document["data"]["tasks"].items()}
         return rows, {name: {"n_test": count} for name, count in definition.premises.images.items()}
-    return resolve(read_benchmark(benchmark_file(str(benchmark)), "data")[0]["tasks"]), {}
+    file = benchmark_file(str(benchmark))
+    if "data" not in read_document(file):
+        raise InputError(f"{file} has no data.tasks.", "Write data: {tasks: {NAME: {test: SOURCE}}}.")
+    return resolve(read_benchmark(file, "data")[0].get("tasks") or {}), {}
 
 
 def _heads(benchmark: str, tasks: Mapping[str, TaskSpec]) -> dict[str, HeadClasses]:
@@ -158,8 +161,9 @@ def _read_manifest(file: Path, tasks: Mapping[str, TaskSpec]) -> dict[str, dict[
     known = {"classes", *(key for keys in _PARTS.values() for key in keys)}
     try:
         rows = {str(name): dict(row) for name, row in read_mapping(file).items()}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"--manifest {file} cannot be read: {error}.") from error
+    except (InputError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0].removesuffix(".")
+        raise InputError(f"--manifest {file} cannot be read: {reason}.") from error
     for name, row in rows.items():
         for key in row.keys() - known:
             raise InputError(f"--manifest {file}, {name}: {key!r} is unknown.", nearest(key, known))
@@ -185,14 +189,15 @@ def _print_json(reports: Mapping[tuple[str, str], Report]) -> None:
 
 
 def _print(reports: Mapping[tuple[str, str], Report]) -> None:
-    lines = []
+    lines, kinds = [], {report.kind for report in reports.values() if report.images} or {"images"}
     for (name, part), report in reports.items():
         sizes, per_class = max(len(report.classes), len(report.per_class)), report.per_class
         spread = f"{min(per_class)}-{max(per_class)}" if per_class else "-"
-        count = f"{report.images} texts" if report.kind == "texts" else report.images
+        count = report.images if len(kinds) == 1 else f"{report.images} {report.kind}"
         cells = (report.files, count, sizes, spread, report.digest[:12])
         lines.append([name, part, *map(str, cells)])
-    print_columns(["task", "part", "files", "images", "classes", "per class", "digest"], lines)
+    column = kinds.pop() if len(kinds) == 1 else "inputs"
+    print_columns(["task", "part", "files", column, "classes", "per class", "digest"], lines)
     out = terminal()
     for (name, part), report in reports.items():
         left = [f"these were left out: {shortlist(report.left_out)}"] if report.left_out else []

@@ -106,6 +106,7 @@ def evolve(
         flow, notes, details = task.selected(found)
         evaluation = table.models.accuracy(lambda _: task.weights, backbone=FlowBackbone(task.backbone, flow))
         told: dict[str, Any] = {"unknown": evaluation.unknown, "notes": notes, "details": details}
+        told["inputs"] = table.data.noun
         told["transductive"] = [name for name, count in table.data.transductive().items() if count]
         told["provenance"] = {"code": provenance.code_version(), **inputs, "generations": generations}
         name = f"evolved_{method}_{objective}"

@@ -83,7 +83,7 @@ def check_source(
     """
     source = spec.test if part == "test" else spec.adapt
     if source is None:
-        return Report("", problems=("no images were given",))
+        return Report("", problems=("no data were given",))
     try:
         report = _count(source, spec, role, head, tokenize, labelled=part == "test")
     except DataError as error:
@@ -141,7 +141,7 @@ def _label_problems(
     try:
         match_labels("", images, spec.classes, head)
     except DataError as error:
-        return (" ".join(str(error).splitlines()).removeprefix("task '': "),)
+        return (" ".join(str(error).splitlines()).removeprefix("task '': ").replace("task ''", "the task"),)
     return ()
 
 

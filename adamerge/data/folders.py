@@ -1,7 +1,8 @@
 """What lies in a folder of images: each real file once, its classes, and what is left out."""
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -58,12 +59,14 @@ class Listing:
         """Top-level folders that are parts of a data set and no classes.
 
         Their name is that of a split, and they hold folders of images; or all top-level folders are
-        called so.
+        called so. Or the name has that of a split in it (``training_set``), and there are several.
         """
         named = [name for name in self.folders if name.casefold() in SPLITS]
         if named and len(named) == len(self.folders) and all(len(path.parts) > 1 for path in self.images):
             return named
-        return [name for name in named if any(len(path.parts) > 2 for path in self.folders[name])]
+        deep = [name for name, paths in self.folders.items() if any(len(path.parts) > 2 for path in paths)]
+        alike = [name for name in deep if not _words(name).isdisjoint(SPLITS)]
+        return alike if len(alike) > 1 else [name for name in named if name in deep]
 
     @cached_property
     def wrapper(self) -> str | None:
@@ -77,7 +80,7 @@ class Listing:
         """Why top-level folders cannot be the classes; empty where they can."""
         names = sorted(self.folders)
         folded = [name.casefold() for name in names]
-        below = {frozenset(p.parts[1] if len(p.parts) > 2 else "" for p in self.folders[n]) for n in names}
+        below = {_folders_in(self.folders[name]) for name in names}
         if self.twins:
             first, second = self.twins[0]
             return f"{first} and {second} are one file in two classes"
@@ -105,6 +108,21 @@ def list_folder(root: Path) -> Listing:
         tuple(sorted(walk.skipped)),
         tuple(walk.twins),
     )
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.casefold()))
+
+
+def _folders_in(paths: Sequence[Path]) -> frozenset[str]:
+    """Return the folders below a top-level one, inside of folders that only hold the next one.
+
+    An empty name stands for images that lie beside them.
+    """
+    parents = [path.parts[1:-1] for path in paths]
+    while all(parents) and len({parts[0] for parts in parents}) == 1:
+        parents = [parts[1:] for parts in parents]
+    return frozenset(parts[0] if parts else "" for parts in parents)
 
 
 def is_hidden(name: str) -> bool:

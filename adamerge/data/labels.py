@@ -136,7 +136,7 @@ def difference_of_order(classes: Sequence[str], names: Sequence[str]) -> str | N
         return None
     i = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
     ours, theirs = (shortlist(words[i:]) for words in (classes, names))
-    return f"{f'from index {i} on ' if i else ''}classes are [{ours}], the images have, in order, [{theirs}]"
+    return f"{f'from index {i} on ' if i else ''}classes are [{ours}], the data have, in order, [{theirs}]"
 
 
 def _rows_of(
@@ -163,7 +163,7 @@ def _rows_of(
 
 _HINTS = {
     False: _ORDER,
-    True: "List as `classes` what the images call the head's rows, in the order of the rows.",
+    True: "List as `classes` what the data call the head's rows, in the order of the rows.",
 }
 
 
@@ -174,10 +174,10 @@ def _problem_of_order(
     numbers = [name for name in names if name.isdecimal()]
     is_unsorted = len(numbers) == len(names) and sorted(numbers, key=int) != list(names)
     if not targets:
-        told = "the images' classes are numbers in the order of words: {}; the head does not name its rows"
+        told = "the data's classes are numbers in the order of words: {}; the head does not name its rows"
         return told.format(shortlist(names)) if is_unsorted else ""
     if named:
-        return f"the head's classes are [{shortlist(targets)}], the images have [{shortlist(names)}]"
+        return f"the head's classes are [{shortlist(targets)}], the data have [{shortlist(names)}]"
     moved = difference_of_order(targets, names)
     if moved:
         return moved
@@ -186,7 +186,7 @@ def _problem_of_order(
         told = "classes stand in another order: {!r} is {} here, {} in the data"
         return told.format(targets[wrong[0]], *wrong)
     if is_unsorted:
-        told = "the images' classes are numbers in the order of words: {}; the classes are [{}]"
+        told = "the data's classes are numbers in the order of words: {}; the classes are [{}]"
         return told.format(shortlist(names), shortlist(targets))
     return ""
 
@@ -224,7 +224,7 @@ def _other_number(
     told = f"task {task!r} has {count} class names, its {part} have {len(names)}"
     if not targets:
         told = f"task {task!r}: the head has {count} rows, its {part} have {len(names)} classes"
-        return DataError(f"{told} ({shortlist(names)}).", "Give images of the head's own classes.")
+        return DataError(f"{told} ({shortlist(names)}).", "Give data of the head's own classes.")
     pairs = enumerate(zip_longest(targets, names))
     i, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
     return DataError(f"{told}; first difference at index {i}: {ours!r} vs {theirs!r}.", _ORDER)

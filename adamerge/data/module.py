@@ -308,8 +308,8 @@ class MultiTaskData(pl.LightningDataModule):
             return  # they number the classes
         if len(names) > 1 and classes and not match_names(names, classes):
             warnings.warn(
-                f"task {task!r}: adaptation images have the classes [{shortlist(names)}], the task has "
-                f"[{shortlist(classes)}]: are they its images?",
+                f"task {task!r}: adaptation {self.noun} have the classes [{shortlist(names)}], the task has "
+                f"[{shortlist(classes)}]: are they its {self.noun}?",
                 AdamergeWarning,
                 stacklevel=2,
             )

@@ -14,15 +14,14 @@ from torch import Tensor
 from adamerge.data.decoding import image_suffixes, require_regular
 from adamerge.data.folders import is_hidden
 from adamerge.data.sources import Source
-from adamerge.data.tables import kind_of, read_table
-from adamerge.errors import AdamergeError, DataError, brief, nearest
+from adamerge.data.tables import LABEL_COLUMNS, kind_of, read_table
+from adamerge.errors import AdamergeError, DataError, brief, nearest, shortlist
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 Encoded = dict[str, Any]
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "jpeg", "webp")
-_LABEL_COLUMNS = ("label", "fine_label", "cls", "labels")
 _AT_ONCE = 64  # encoded images in memory
 _MOST = 2**31  # classes
 _WORDS = ("string", "large_string", "string_view")
@@ -57,7 +56,8 @@ class Rows:
         Raises:
             DataError: There is none, or not the one that was asked for.
         """
-        return self._column(wanted, _IMAGE_COLUMNS, f"columns {list(self.features)}, and none named 'image'")
+        problem = f"columns {list(self.features)}, and none named 'image'"
+        return self._column(wanted, _IMAGE_COLUMNS, problem, self._hint("image_column"))
 
     def label_column(self, wanted: str | None = None) -> str:
         """Name the column that holds the labels.
@@ -65,7 +65,8 @@ class Rows:
         Raises:
             DataError: There is none, or not the one that was asked for.
         """
-        return self._column(wanted, _LABEL_COLUMNS, f"columns {list(self.features)}, and no 'label'")
+        problem = f"columns {list(self.features)}, and no 'label'"
+        return self._column(wanted, LABEL_COLUMNS, problem, self._hint("label_column"))
 
     def labels(self, column: str, *, hidden: bool = False) -> Int64[Tensor, " image"]:
         """Return all labels; words are numbered in the order of `class_names`.
@@ -113,7 +114,7 @@ class Rows:
 
     def declared_names(self, column: str | None = None) -> tuple[str, ...]:
         """Return the class names that features declare, or sub-folders are; no label is read."""
-        names = [column] if column else [name for name in _LABEL_COLUMNS if name in self.features]
+        names = [column] if column else [name for name in LABEL_COLUMNS if name in self.features]
         return tuple(getattr(self.features.get(names[0]), "names", None) or ()) if names else ()
 
     def names_are_words(self, column: str) -> bool:
@@ -141,13 +142,17 @@ class Rows:
             return str(self.source.files[index].relative_to(self.source.root))
         return (value or {}).get("path") or f"row {index}"
 
-    def _column(self, wanted: str | None, known: tuple[str, ...], problem: str) -> str:
+    def _hint(self, key: str) -> str:
+        if self.source.layout == "folder" and not self.source.columns:
+            return "Use one sub-folder per class, or metadata.csv with file_name and label."
+        return f"Name it in the task's row: {key}: NAME"
+
+    def _column(self, wanted: str | None, known: tuple[str, ...], problem: str, hint: str) -> str:
         if wanted and wanted not in self.features:
             told = f"{self.role}: {self.source.given} has no column {brief(wanted)}."
             raise DataError(told, nearest(wanted, self.features))
         found = [wanted] if wanted else [name for name in known if name in self.features]
         if not found:
-            hint = "Use one sub-folder per class, or a parquet file with 'image' and 'label'."
             raise DataError(f"{self.role}: {self.source.given} has {problem}.", hint)
         return found[0]
 
@@ -177,13 +182,18 @@ def open_rows(source: Source, role: str) -> Rows:
         else:
             rows = _dataset_rows(source, role, _listed(source))
     if len(rows) == 0:
-        if source.layout == "text":
-            raise DataError(f"{role}: {source.given} holds no texts.", "Give a file with rows.")
-        raise DataError(
-            f"{role}: {source.given} holds no images.",
-            "Give a folder with files such as .png, .jpg, .webp, or a parquet file with rows.",
-        )
+        raise _nothing_in(source, role)
     return rows
+
+
+def _nothing_in(source: Source, role: str) -> DataError:
+    if source.layout == "text":
+        return DataError(f"{role}: {source.given} holds no texts.", "Give a file with rows.")
+    hint = "Give a folder with files such as .png, .jpg, .webp, or a file with rows: .parquet, .csv, .jsonl."
+    if source.root.is_file() and source.layout == "folder":
+        return DataError(f"{role}: {source.given} is no file of images or texts that is read.", hint)
+    others = f" and no tables; it has {shortlist(source.left_out)}" if source.left_out else ""
+    return DataError(f"{role}: {source.given} holds no images{others}.", hint)
 
 
 def _parquet_rows(source: Source, role: str) -> Rows:

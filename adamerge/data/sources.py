@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adamerge.data.decoding import require_regular
-from adamerge.data.folders import SPLITS, Listing, list_folder, named_splits
-from adamerge.data.metadata import read_metadata
+from adamerge.data.folders import SPLITS, Listing, is_image, list_folder, named_splits
+from adamerge.data.metadata import read_metadata, repeated_rows
 from adamerge.data.tables import IN_FOLDERS, SUFFIXES
 from adamerge.errors import DataError, nearest, shortlist
 from adamerge.hub import nowhere, snapshot
@@ -72,7 +72,7 @@ def find_source(given: str, role: str) -> Source:
     mistyped = nowhere(name)
     if mistyped:
         problem, hint = mistyped
-        raise DataError(f"{role}: {problem}", hint or "Give a folder of images or a parquet file.")
+        raise DataError(f"{role}: {problem}", hint or "Give a folder of images or a file of texts.")
     root = snapshot(name, role, _patterns(config, split), "dataset")
     return _Finder(given, role, name).find(root, config, split)
 
@@ -104,6 +104,8 @@ class _Finder:
         """Read one file by its suffix."""
         if config or split:
             raise self._error(f"{self.name} is one file, which has no configurations and splits")
+        if is_image(root):
+            return Source(self.given, root.parent, "folder", (root,))
         layout: Layout = "folder"
         for table in _TABLES:
             layout = table if root.suffix == f".{table}" else layout
@@ -179,17 +181,24 @@ class _Finder:
             if len(parts) != 1:
                 known = sorted(path.name for path in root.glob("[!._]*"))
                 raise self._error(f"{self.name} has no split {split!r}", f"It holds: {shortlist(known)}.")
-            return self._inside(replace(listing, others=(), skipped=()), parts[0], None)
+            return self._part(listing, parts[0], beside=False)
         if listing.metadata and not listing.splits:
             return self._described(listing)
         if listing.splits:
             inside = len(listing.splits) == len(listing.folders)
-            return self._inside(listing, self._choose(None, listing.splits, alone=inside), None)
+            return self._part(listing, self._choose(None, listing.splits, alone=inside))
         if listing.wrapper:
             return self._inside(listing, listing.wrapper, None)
         files = tuple(root / path for path in listing.images)
         left = (*map(str, listing.others), *listing.skipped)
         return Source(self.given, root, "folder", files, left_out=left, fault=listing.fault)
+
+    def _part(self, listing: Listing, name: str, *, beside: bool = True) -> Source:
+        """Read the sub-folder of a split; a table of metadata may lie beside the splits."""
+        tables = [path for path in listing.metadata if path.parts[0] == name or len(path.parts) == 1]
+        if tables and all(len(path.parts) == 1 for path in tables):
+            return self._described(listing, name)
+        return self._inside(listing if beside else replace(listing, others=(), skipped=()), name, None)
 
     def _inside(self, listing: Listing, name: str, split: str | None) -> Source:
         """Read a sub-folder; what lies beside it is left out."""
@@ -199,19 +208,26 @@ class _Finder:
         beside = [path for path in listing.others if path.parts[0] != name]
         return replace(found, left_out=(*map(str, beside), *found.left_out))
 
-    def _described(self, listing: Listing) -> Source:
-        """Read the images that a table of metadata names."""
-        if len(listing.metadata) > 1:
-            told = f"{self.name} holds several tables of metadata: {shortlist(listing.metadata)}"
+    def _described(self, listing: Listing, part: str = "") -> Source:
+        """Read the images that a table of metadata names: all of them, or those of a part."""
+        tables = [path for path in listing.metadata if not part or len(path.parts) == 1]
+        if len(tables) > 1:
+            told = f"{self.name} holds several tables of metadata: {shortlist(tables)}"
             raise self._error(told, "Name the folder of one of them, or remove the others.")
-        described = next(iter(listing.metadata))
-        table = listing.root / described
+        root, table = listing.root, listing.root / tables[0]
         names, columns = read_metadata(table, self.role)
-        files = tuple(table.parent / name for name in names)
-        left = [str(path) for path in listing.others if path != described]
-        seen = set(files)
-        left += [f"{p} (not in {table.name})" for p in listing.images if listing.root / p not in seen]
-        return Source(self.given, listing.root, "folder", files, columns, (*left, *listing.skipped))
+        repeated = dict(repeated_rows(table, self.role, names, columns))
+        inside = [row for row, name in enumerate(names) if not part or Path(name).parts[0] == part]
+        kept = [row for row in inside if row not in repeated]
+        files = tuple(table.parent / names[row] for row in kept)
+        columns = {name: [values[row] for row in kept] for name, values in columns.items()}
+        left = [str(path) for path in listing.others if path not in tables and not part]
+        left += [f"{names[row]} (the same as {names[first]})" for row, first in repeated.items()]
+        seen = {table.parent / name for name in names}
+        images = [path for path in listing.images if not part or path.parts[0] == part]
+        left += [f"{path} (not in {table.name})" for path in images if root / path not in seen]
+        skipped = [] if part else [told for told in listing.skipped if told not in left]
+        return Source(self.given, root, "folder", files, columns, (*left, *skipped))
 
     def _choose(self, split: str | None, known: list[str], *, alone: bool = True) -> str:
         if split is None and len(known) == 1 and alone:

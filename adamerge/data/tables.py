@@ -1,4 +1,4 @@
-"""Tables of texts: .txt with one text a line, .csv, .tsv, .jsonl and .json."""
+"""Tables in files of text: .txt with one text a line, .csv, .tsv, .jsonl and .json."""
 
 import codecs
 import csv
@@ -6,7 +6,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,10 @@ PAIRS = (  # columns of two texts that are read together
     ("question", "passage"),
 )
 SINGLE = ("text", "sentence")
-_TEXT_NAMES = {*SINGLE, *(name for pair in PAIRS for name in pair)}
-_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
+FILE_NAME = "file_name"  # as `datasets` calls the column of images in a table beside them
+LABEL_COLUMNS = ("label", "fine_label", "cls", "labels")
+_TEXT_NAMES = {FILE_NAME, *SINGLE, *(name for pair in PAIRS for name in pair)}
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d{1,17})?", re.ASCII)
 _KINDS = {bool: "bool", int: "int64", float: "float64", str: "string"}
 
 
@@ -92,12 +94,14 @@ def _lines(text: str, _file: Path) -> Columns:
 def _separated(text: str, file: Path) -> Columns:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may have more than its 131072 characters
     separator = "\t" if file.suffix.lower() == ".tsv" else _separator(text.partition("\n")[0])
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
-        header = [name.strip() for name in next(reader, [])]
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise _DamageError(f"line {reader.line_num} is damaged: {error}") from error
+        rows = list(_rows(text, delimiter=separator, strict=True))
+    except _DamageError:  # texts that begin with a quote: tables of GLUE have no quoting
+        rows = list(_rows(text, delimiter=separator, quoting=csv.QUOTE_NONE))
+        if separator != "\t" or len({len(row) for _, row in rows}) > 1:
+            raise
+    (_, header), *rows = rows or [(1, [])]
+    header = [name.strip() for name in header]
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise _DamageError(f"the column {twice[0]!r} stands there twice", "Rename one.")
@@ -110,15 +114,30 @@ def _separated(text: str, file: Path) -> Columns:
     return {name: _numbers([row[i] for _, row in rows], name) for i, name in enumerate(header)}
 
 
+def _rows(text: str, **form: Any) -> Iterator[tuple[int, list[str]]]:
+    """Read rows that are not empty, with the number of their last line."""
+    reader = csv.reader(io.StringIO(text, newline=""), **form)
+    try:
+        yield from ((reader.line_num, row) for row in reader if row)
+    except csv.Error as error:
+        raise _DamageError(
+            f"line {reader.line_num} is damaged: {error}", "Texts with quotes stand in quotes, those doubled."
+        ) from error
+
+
 def _separator(header: str) -> str:
     """Return what parts the columns: commas, unless the header has none and has semicolons or tabs."""
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _numbers(values: list[str], name: str) -> list[Any]:
-    """Turn a column of whole numbers into numbers, unless it is named like texts."""
-    is_number = name not in _TEXT_NAMES and all(map(_NUMBER.fullmatch, values))
-    return [int(value) for value in values] if is_number else list(values)
+    """Turn a column of numbers into numbers, unless it is named like texts; empty places become None."""
+    filled = [value for value in values if value.strip()]
+    is_number = name not in _TEXT_NAMES and filled and all(map(_NUMBER.fullmatch, filled))
+    if not is_number:
+        return list(values)
+    number = float if any("." in value for value in filled) else int
+    return [number(value) if value.strip() else None for value in values]
 
 
 def _json_lines(text: str, _file: Path) -> Columns:

@@ -80,7 +80,7 @@ def text_columns(rows: Rows, columns: Sequence[str] = (), column: str | None = N
         told = " or ".join("+".join(way) for way in ways)
         raise DataError(
             f"{rows.role}: {rows.source.given} could be read by its columns {told}.",
-            f"Name them in the task's row: columns: [{', '.join(ways[0])}]",
+            f"Name them by columns: [{', '.join(ways[0])}]",
         )
     return ways[0] if ways else ()
 
@@ -93,10 +93,14 @@ def require_text_columns(rows: Rows, columns: Sequence[str]) -> None:
     """
     if not columns:
         strings = [n for n, kind in rows.features.items() if getattr(kind, "dtype", "") in _STRINGS]
+        if not strings and not _IMAGES.isdisjoint(rows.features):
+            told = f"{rows.role}: {rows.source.given} holds images, the model reads texts."
+            raise DataError(told, "Give a file or folder of texts: .txt, .csv, .jsonl, .parquet.")
         raise DataError(
             f"{rows.role}: {rows.source.given} has columns {list(rows.features)}, and none named 'text'.",
-            "Name one in the task's row, or two of a pair: "
-            f"columns: [{', '.join((strings or ['NAME'])[:2])}]",
+            f"Name one (or two of a pair) by columns: [{', '.join(strings[:2])}]"
+            if strings
+            else "No column holds texts: write them as one, text.",
         )
 
 

@@ -288,6 +288,7 @@ class RunCLI(LightningCLI):
             unknown=evaluation.unknown,
             unseen=[name for name in data.tasks if name not in task.vectors.tasks],
             transductive=shared,
+            inputs=data.noun,
             notes=[
                 *([selector.verdict] if selector.verdict else []),
                 *self._beyond_one_model(),
@@ -307,7 +308,8 @@ class RunCLI(LightningCLI):
 
     def _beyond_one_model(self) -> list[str]:
         """Say so where labels of adaptation images were read, and where tasks have parts of their own."""
-        labelled = ["learned on labels of adaptation images"] if self.model.objective.needs_labels else []
+        note = f"learned on labels of adaptation {self.datamodule.noun}"
+        labelled = [note] if self.model.objective.needs_labels else []
         return labelled + (["an adapter per task"] if self.model.adapters is not None else [])
 
     def _start_details(self) -> dict[str, Any]:

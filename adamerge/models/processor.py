@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -50,13 +51,26 @@ def read_processor(folder: Path, channels: int = 3) -> ImageTransform:
         return processor(image, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values[0]
 
     # arithmetic is (factor x pixel - mean) / std, written in units of the full range
-    factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+    factor = 255.0 * (processor.rescale_factor if processor.do_rescale else 1.0)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    mean, std = (
+        np.atleast_1d(values).astype(float).tolist() for values in (mean, std)
+    )  # one number stands for all
+    _require_divisors(folder, rescale_factor=[factor], image_std=std)
     versions = {"library": f"transformers {transformers.__version__}", "pillow": PIL.__version__}
     key = json.dumps(versions | {"backend": "pil"} | processor.to_dict(), sort_keys=True, default=str)
     found = ImageTransform(preprocess, [m / factor for m in mean], [s / factor for s in std], key)
     _require_equal(found, processor, folder, channels)
     return found
+
+
+def _require_divisors(folder: Path, **settings: Sequence[float]) -> None:
+    for name, values in settings.items():
+        if not np.all(np.isfinite(values)) or 0 in values:
+            raise InputError(
+                f"the image processor of {folder} has {name} {list(values)}, which divides nothing.",
+                f"Correct it in {_FILES[0]}.",
+            )
 
 
 def require_same_processors(base: Path, experts: Mapping[str, Path]) -> None:

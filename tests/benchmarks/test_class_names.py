@@ -134,7 +134,7 @@ def test_numbers_are_rows_or_classes_where_these_are_given(
 @pytest.mark.parametrize(
     ("names", "classes", "rows", "message"),
     [
-        (["red", "green", "violet"], [], NAMES, "the head's classes are [red, green, blue], the images have"),
+        (["red", "green", "violet"], [], NAMES, "the head's classes are [red, green, blue], the data have"),
         (["red", "green"], [], NAMES, "has 3 class names, its test images have 2"),
         (["a", "b"], [], None, "the head has 3 rows, its test images have 2 classes (a, b)"),
         (
@@ -218,4 +218,4 @@ def test_the_check_of_the_data_knows_the_experts_names(
         "good, test: these were left out: red/photo.heic"
     ]
     (line,) = [line for line in told if line.startswith("bad, ")]
-    assert "the head's classes are [red, green, blue], the images have [green, red, violet]." in line
+    assert "the head's classes are [red, green, blue], the data have [green, red, violet]." in line

@@ -60,7 +60,9 @@ def test_sources_of_the_command_line(pictures: Path, capsys: pytest.CaptureFixtu
 def test_texts_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parquet.write_table(pyarrow.table({"text": ["bad", "good"], "label": [0, 1]}), tmp_path / "x.parquet")
     assert run("--sources", f"mood={tmp_path / 'x.parquet'}") == 0
-    assert "2 texts" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "texts" in out
+    assert "images" not in out
 
 
 def test_a_clip_benchmark_knows_its_counts(
@@ -113,3 +115,28 @@ def test_manifests_with_typing_errors_are_refused(tmp_path: Path, row: str, mess
     (tmp_path / "manifest.yaml").write_text(row)
     with pytest.raises(InputError, match=message):
         run("--sources", "a=b", "--manifest", tmp_path / "manifest.yaml")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({}, "has no data.tasks.\nWrite data: {tasks: "),
+        ({"data": {}}, "no tasks were given"),
+        ({"data": {"tasks": {}}}, "no tasks were given"),
+    ],
+)
+def test_a_file_without_tasks_is_refused(tmp_path: Path, document: dict, message: str) -> None:
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(InputError, match=message):
+        run("--benchmark", tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": {}}, {"model": {"base": "nowhere"}}])
+def test_data_are_checked_without_their_models(
+    tmp_path: Path, model: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.csv").write_text("text,label\ngood,1\nbad,3\n")
+    tasks = {"mood": {"test": str(tmp_path / "x.csv"), "classes": ["bad", "good", "fine"]}}
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump({"data": {"tasks": tasks}, **model}))
+    assert run("--benchmark", tmp_path / "b.yaml") == 3
+    assert "mood, test: 4 classes, the task has 3 names" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_faults_need_no_expectation(folder: Path, tmp_path: Path) -> None:
 
 def test_classes_in_another_order_than_the_folders_are_a_problem(folder: Path) -> None:
     (problem,) = check(folder, classes=["steep", "flat", "upright"]).problems
-    assert problem.startswith("classes are [steep, flat, upright], the images have, in order, [0_flat, ")
+    assert problem.startswith("classes are [steep, flat, upright], the data have, in order, [0_flat, ")
 
 
 def test_what_cannot_be_decoded_is_not_read_again(folder: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_texts_are_counted_and_hashed(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     assert "nowhere does not exist" in check(tmp_path / "nowhere").problems[0]
-    assert check_source(TaskSpec("x"), "x").problems == ("no images were given",)
+    assert check_source(TaskSpec("x"), "x").problems == ("no data were given",)
 
 
 def test_embedded_tasks(tmp_path: Path) -> None:

@@ -119,6 +119,37 @@ class TestLinks:
         assert labels(tmp_path / "in") == [0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("seg_train/seg_train/{}/0.png", "seg_test/seg_test/{}/0.png"),
+        ("training_set/{}/0.png", "test_set/{}/0.png", "single/0.png"),
+        ("train_data/{}/0.png", "train_data/bird/0.png", "validation_data/{}/0.png"),
+    ],
+)
+def test_names_with_that_of_a_split_in_them_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    put(tmp_path, *(name.format(animal) for name in names for animal in ("cat", "dog")))
+    split = names[-1 if "{}" in names[-1] else 1].partition("/")[0]
+    assert "has the splits" in refused(tmp_path)
+    assert opened(f"{tmp_path}@{split}").class_names("label") == ("cat", "dog")
+
+
+def test_folders_inside_of_others_that_hold_nothing_else_are_compared(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{part}/{part}/{animal}/0.png" for part in ("one", "two") for animal in ("cat", "dog")))
+    assert "each of one, two holds folders of the same names (cat, dog)" in refused(tmp_path)
+
+
+def test_words_of_splits_in_flat_folders_are_classes(tmp_path: Path) -> None:
+    names = ("test_tube", "train_station")
+    assert opened(put(tmp_path, *(f"{name}/0.png" for name in names))).class_names("label") == names
+
+
+def test_one_image_is_a_source_without_labels(tmp_path: Path) -> None:
+    rows = opened(put(tmp_path, "0.png", "1.png") / "1.png")
+    assert [rows.name_of(0, value) for value in rows.images("image")] == ["1.png"]
+    assert "and no 'label'" in refused(tmp_path / "1.png")
+
+
 def test_what_is_left_out_is_listed(tmp_path: Path) -> None:
     put(tmp_path, "a/0.png", "a/1.JFIF", "b/0.jpe", "a/.hidden.png", "b/.ipynb_checkpoints/0.png")
     (tmp_path / "b" / "photo.heic").touch()
@@ -167,14 +198,40 @@ class TestMetadata:
         assert "has the splits test, train" in refused(tmp_path)
         assert labels(f"{tmp_path}@test") == [1]
 
+    def test_one_beside_the_splits_serves_them_all(self, tmp_path: Path) -> None:
+        put(tmp_path, "train/0.png", "test/1.png", "test/2.png")
+        rows = "train/0.png,7\ntest/1.png,1\ntest/../test/2.png,2\n"
+        (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}")
+        assert labels(f"{tmp_path}@test") == [1, 2]
+        assert labels(f"{tmp_path}@train") == [7]
+
+    def test_a_file_under_two_names_is_one_row(self, folder: Path) -> None:
+        (folder / "link.png").hardlink_to(folder / "0.png")
+        table = folder / "metadata.csv"
+        table.write_text("file_name,label\n0.png,1\n1.png,0\nlink.png,1\nmore/2.png,0\n")
+        assert labels(folder) == [1, 0, 0]
+        assert opened(folder).source.left_out == ("link.png (the same as 0.png)",)
+        table.write_text("file_name,label\n0.png,1\nlink.png,0\n")
+        assert "0.png and link.png in" in refused(folder)
+
+    @pytest.mark.parametrize(("encoding", "separator"), [("utf-16", ","), ("utf-8-sig", ";")])
+    def test_tables_of_spreadsheets(self, folder: Path, encoding: str, separator: str) -> None:
+        lines = ["file_name,label", "1.png,1.0", "0.png,0.0"]
+        text = "\r\n".join(lines).replace(",", separator)
+        (folder / "metadata.csv").write_bytes(text.encode(encoding))
+        assert labels(folder) == [1, 0]
+
     @pytest.mark.parametrize(
         ("text", "problem"),
         [
             ("name,label\n0.png,1\n", "has no column 'file_name'; it has name, label"),
             ("file_name,label\n0.png,1\n0.png,2\n", "names '0.png' twice"),
             ("file_name,label\n,1\n", "row 0 of"),
-            ("", "metadata.csv cannot be read: "),
-            ("file_name,label\n0.png\n", "metadata.csv cannot be read: "),
+            ("", "metadata.csv is empty"),
+            ("file_name,label\n0.png\n", "metadata.csv: line 2 has 1 values, its header 2: file_name, label"),
+            ("file_name,label\n0.png,1\n./0.png,2\n", "names './0.png' twice"),
+            ("file_name,label\n../0.png,1\n", "row 0 of"),
+            ("file_name,label\n/0.png,1\n", "which lies outside of the table's folder"),
             ("file_name,label\n0.png,0.5\n1.png,1\n", "are no whole numbers: row 0 has 0.5"),
             ("file_name,label\n0.png,-1\n", "are negative"),
             ("file_name\n0.png\n", "and no 'label'"),

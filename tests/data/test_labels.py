@@ -22,13 +22,13 @@ from adamerge.errors import DataError
     ],
 )
 def test_the_same_names_in_another_order_are_told(classes: list[str], names: list[str]) -> None:
-    told = f"classes are [{', '.join(classes)}], the images have, in order, [{', '.join(names)}]"
+    told = f"classes are [{', '.join(classes)}], the data have, in order, [{', '.join(names)}]"
     assert difference_of_order(classes, names) == told
 
 
 def test_long_lists_are_told_from_where_they_differ() -> None:
     names = [*"abcdefghij"]
-    told = "from index 2 on classes are [d, c, e, f, g and 3 more], the images have, in order, [c, d, e, f, g"
+    told = "from index 2 on classes are [d, c, e, f, g and 3 more], the data have, in order, [c, d, e, f, g"
     assert (difference_of_order([*"abdcefghij"], names) or "").startswith(told)
 
 
@@ -100,7 +100,7 @@ class TestMatching:
     def test_classes_name_the_rows_of_a_file_that_does_not(self) -> None:
         head, given = HeadClasses(3, by_classes=True), images([0, 1, 2], ("a", "b", "c"))
         assert match_labels("x", given, ("c", "a", "b"), head).labels.tolist() == [1, 2, 0]
-        with pytest.raises(DataError, match="the images have, in order"):
+        with pytest.raises(DataError, match="the data have, in order"):
             match_labels("x", given, ("c", "a", "b"), HeadClasses(3))  # a zero-shot head
 
     def test_data_may_have_the_heads_own_names_beside_other_classes(self) -> None:
@@ -123,7 +123,7 @@ class TestMatching:
             ({"names": ("a", "d", "c"), "rows": ("c", "a", "b")}, r"head's classes are \[c, a, b\]"),
             (
                 {"names": ("a", "b"), "classes": ("b", "a")},
-                r"classes are \[b, a\], the images have, in order",
+                r"classes are \[b, a\], the data have, in order",
             ),
             (
                 {"names": ("a", "b", "x"), "classes": ("y", "a", "b")},

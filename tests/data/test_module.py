@@ -332,7 +332,7 @@ class TestClasses:
                 labelled("bars")
             assert str(caught.value) == (
                 "task 'bars': from index 1 on classes are [upright, steep], "
-                "the images have, in order, [1_steep, 2_upright].\n"
+                "the data have, in order, [1_steep, 2_upright].\n"
                 "List the classes in the order of the labels."
             )
 

@@ -31,6 +31,14 @@ def test_only_whole_columns_of_numbers_are_numbers_and_texts_never(tmp_path: Pat
     (tmp_path / "r.csv").write_text("text,code,label,name\n1,007,-1,3\n2,1,20,b\n")
     found = read_table(tmp_path / "r.csv", "x")
     assert found == {"text": ["1", "2"], "code": ["007", "1"], "label": [-1, 20], "name": ["3", "b"]}
+    (tmp_path / "r.csv").write_text("text,a,b,c\n1,0.0,2,\n2,1.5,,\n")
+    found = read_table(tmp_path / "r.csv", "x")
+    assert found == {"text": ["1", "2"], "a": [0.0, 1.5], "b": [2, None], "c": ["", ""]}
+
+
+def test_tabs_without_quoting_are_read(tmp_path: Path) -> None:
+    (tmp_path / "r.tsv").write_text('sentence\tlabel\n"good\t1\n"bad" one\t0\n')
+    assert read_table(tmp_path / "r.tsv", "x") == {"sentence": ['"good', '"bad" one'], "label": [1, 0]}
 
 
 def test_objects_with_and_without_lines(tmp_path: Path) -> None:
@@ -59,6 +67,7 @@ def test_marked_encodings_are_read(tmp_path: Path, encoding: str) -> None:
         ),
         ("r.csv", "text\nné".encode("utf-16-le"), "line 1 holds a NUL character.\nIs it UTF-16"),
         ("r.csv", b"text,label\na,1\nb, c,2\n", "line 3 has 3 values, its header 2: text, label"),
+        ("r.csv", b'text,label\n"a,1\n"b,0\n', "line 3 is damaged: .*\nTexts with quotes stand in quotes"),
         ("r.csv", b"text,text\na,b\n", "the column 'text' stands there twice"),
         ("r.jsonl", b'{"text": "a"}\n["b"]', "line 2 is no JSON object"),
         ("r.jsonl", b'{"text": "a"}\n{"text"', "line 2 is no JSON object"),

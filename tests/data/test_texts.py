@@ -133,6 +133,12 @@ class TestColumns:
         with pytest.raises(DataError, match="the column 'label' .* holds int64, not texts"):
             self.columns(tmp_path, "text", columns=["label"])
 
+    def test_a_model_of_texts_refuses_images(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "0.png").write_bytes(b"")
+        with pytest.raises(DataError, match="holds images, the model reads texts.\nGive a file"):
+            load(str(tmp_path), modality="text")
+
     def test_a_model_of_texts_asks_for_a_column(self, tmp_path: Path) -> None:
         source = written(tmp_path, review=TEXTS, label=[0, 1, 2])
         with pytest.raises(DataError, match="none named 'text'.\nName one .* columns: \\[review\\]"):

@@ -217,6 +217,13 @@ def test_a_lora_of_a_tower_is_an_expert_of_the_whole_clip(forms: Forms, tmp_path
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_one_number_stands_for_all_channels(forms: Forms, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(forms.hugging_face.base, tmp_path / "base"))
+    edit(base / "preprocessor_config.json", lambda c: c.update(image_mean=0.5, image_std=0.25))
+    backbone = open_backbone(base)
+    assert (backbone.mean.unique().tolist(), backbone.std.unique().tolist()) == ([0.5], [0.25])
+
+
 class TestRefusals:
     @pytest.fixture
     def base(self, forms: Forms, tmp_path: Path) -> Path:
@@ -232,6 +239,14 @@ class TestRefusals:
             (
                 lambda base: (base / "preprocessor_config.json").write_text("{"),
                 "the image processor of .* cannot be read",
+            ),
+            (
+                lambda base: edit(base / "preprocessor_config.json", lambda c: c.update(image_std=[1, 0, 1])),
+                r"has image_std \[1.0, 0.0, 1.0\], which divides nothing",
+            ),
+            (
+                lambda base: edit(base / "preprocessor_config.json", lambda c: c.update(rescale_factor=0)),
+                r"has rescale_factor \[0.0\], which divides nothing",
             ),
             (
                 lambda base: EfficientNetImageProcessor().save_pretrained(base),
