@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from adamerge.errors import shortlist
 from adamerge.inspection.geometry import Geometry, Ranks
@@ -26,13 +25,11 @@ class Table:
         title: What it shows.
         header: Names of the columns.
         lines: The cells.
-        by_task: Whether the last columns are tasks, so that a narrow terminal may do without some.
     """
 
     title: str
     header: list[str]
     lines: list[list[str]]
-    by_task: bool = False
 
 
 def tables_of(report: Report) -> Iterator[Table]:
@@ -87,25 +84,19 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
 
 
 def show(report: Report) -> None:
-    """Print the report to the terminal, long tables cut."""
-    out = terminal()
-    for table in (_cut(table, out.width) for table in tables_of(report)):
+    """Print the report to the terminal: of long tables the first lines, of wide ones every column."""
+    for table in map(_cut, tables_of(report)):
         print_columns(table.header, table.lines, table.title)
     for text in sentences_of(report):
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        terminal().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _cut(table: Table, width: int) -> Table:
-    """Keep the first lines, and of tasks the columns that fit, and count the others."""
-    rows = [table.header, *table.lines[:_LINES]]
-    needed = list(accumulate(3 + max(map(len, column)) for column in zip(*rows, strict=True)))
-    if table.by_task and needed[-1] >= width:
-        fitting = max(sum(place < width - 12 for place in needed), 2)
-        rows = [[*row[:fitting], ""] for row in rows]
-        rows[0][-1] = f"{len(table.header) - fitting} more"
+def _cut(table: Table) -> Table:
+    """Return a table's first lines, and the number of the others."""
+    lines = table.lines[:_LINES]
     if len(table.lines) > _LINES:
-        rows.append([f"and {len(table.lines) - _LINES} more", *[""] * (len(rows[0]) - 1)])
-    return Table(table.title, rows[0], rows[1:])
+        lines = [*lines, [f"and {len(table.lines) - _LINES} more", *[""] * (len(table.header) - 1)]]
+    return Table(table.title, table.header, lines)
 
 
 def _experts(report: Report) -> Table:
@@ -145,9 +136,7 @@ def _pairs(found: Geometry) -> Table:
     for i, task in enumerate(tasks):
         below = ["-" if value is None else f"{value:.2f}" for value in cosine[i][:i]]
         lines.append([task, *below, "", *map(_percent, conflict[i][i + 1 :])])
-    return Table(
-        "Pairs: cosine below the diagonal, opposite signs above it", ["", *tasks], lines, by_task=True
-    )
+    return Table("Pairs: cosine below the diagonal, opposite signs above it", ["", *tasks], lines)
 
 
 def _blocks(found: Geometry) -> Table:
@@ -161,7 +150,7 @@ def _blocks(found: Geometry) -> Table:
         for facts in found.blocks
     ]
     header = ["block", "effective rank", "mean", *found.norm]
-    return Table("Blocks: mean effective rank; |vector| / |base|", header, lines, by_task=True)
+    return Table("Blocks: mean effective rank; |vector| / |base|", header, lines)
 
 
 def _rank_cells(ranks: Ranks | None, task: str) -> list[str]:

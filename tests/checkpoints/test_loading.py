@@ -20,6 +20,34 @@ from adamerge.checkpoints import loading_code
             "sentence_transformers.SentenceTransformer('{}')",
         ),
         ({"adamerge.json": {"kind": "mixture"}, "open_clip_config.json": {}}, "adamerge.load('{}')"),
+        (
+            {
+                "adamerge.json": {"kind": "checkpoint", "heads": {"cars": {}, "pets": {}}},
+                "config.json": {"architectures": ["ViTForImageClassification"]},
+            },
+            "adamerge.load('{}')",
+        ),
+        (
+            {
+                "adamerge.json": {"kind": "checkpoint", "heads": {"cars": {}}},
+                "config.json": {"architectures": ["RobertaForMaskedLM"]},
+            },
+            "adamerge.load('{}')",
+        ),
+        (
+            {
+                "adamerge.json": {"kind": "checkpoint", "heads": {"cars": {}}},
+                "config.json": {"architectures": ["CLIPModel"]},
+            },
+            "transformers.CLIPModel.from_pretrained('{}')",
+        ),
+        (
+            {
+                "adamerge.json": {"kind": "checkpoint", "heads": {"merged": {}}},
+                "config.json": {"architectures": ["BertForSequenceClassification"]},
+            },
+            "transformers.BertForSequenceClassification.from_pretrained('{}')",
+        ),
         ({}, "adamerge.open_checkpoint('{}')"),
         ({"config.json": 3}, "adamerge.open_checkpoint('{}')"),
     ],
