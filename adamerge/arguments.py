@@ -54,7 +54,7 @@ def parse(
     if positional is None:
         positional = sum(p.default is p.empty for p in parameters.values()) == 1
     description = (inspect.getdoc(functions[0]) or "").partition("\nArgs:")[0]
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file of these options.")
     for function in functions:
         own: set[str | int] = set((skip or {}).get(function, ()))

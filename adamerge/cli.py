@@ -149,15 +149,20 @@ def _complain(message: str, code: int) -> int:
     if "adamerge.progress" in sys.modules:  # a bar under way would leave its line unfinished
         sys.modules["adamerge.progress"].stop_bars()
     lines = (line if len(line) <= _WIDEST else f"{line[: _WIDEST - 3]}..." for line in message.split("\n"))
-    sys.stderr.write("adamerge: " + "\n".join(lines) + "\n")
+    start = "\r" if sys.stderr.isatty() else ""  # over the ^C that a terminal shows
+    sys.stderr.write(f"{start}adamerge: " + "\n".join(lines) + "\n")
     return code
 
 
 def _how_to_resume(given: list[str]) -> str:
-    if given[:1] != ["fit"]:
-        return f"interrupted. Start again with: adamerge {shlex.join(given)}"
-    resumed = given if "--ckpt_path" in given else [*given, "--ckpt_path", "last"]
-    return f"interrupted. Resume with: adamerge {shlex.join(resumed)}"
+    """Return what to do after an interrupt: the command, or words where it is too long to be shown whole."""
+    is_fit, names_checkpoint = given[:1] == ["fit"], "--ckpt_path" in given
+    words = [*given, "--ckpt_path", "last"] if is_fit and not names_checkpoint else given
+    told = f"interrupted. {'Resume' if is_fit else 'Start again'} with: adamerge {shlex.join(words)}"
+    if len(told) <= _WIDEST:
+        return told
+    more = " and --ckpt_path last" if words is not given else ""
+    return f"interrupted. {'Resume' if is_fit else 'Start again'} with the same command{more}."
 
 
 def _known_problem(error: Exception) -> AdamergeError | None:

@@ -9,12 +9,13 @@ from adamerge.errors import brief, nearest
 
 _UNKNOWN_ARGUMENT = re.compile(r"unrecognized arguments: --?([\w.]+)")
 _UNKNOWN_KEY = re.compile(
-    r"""(?:(?:[Kk]ey|Option) |does not accept option )['"]([\w.]+)['"](?: is not (?:expected|accepted))?$""",
+    r"""(?:(?:[Kk]ey|Option) |does not accept option )['"]([\w.]+)['"](?: is not (?:expected|accepted))?"""
+    r"""(?:$|\. Got value: )""",
     re.M,
 )
 _NO_NESTED = re.compile(r"""Group ['"]([\w.]+)['"] does not accept nested key ['"]([\w.]+)['"]""")
 _PARSER_KEY = re.compile(r"""Parser key "([\w.]+)":""")
-_CLASS_PATH = re.compile(r"class_path '([\w.]+)'")
+_CLASS_PATH = re.compile(r"class_path[ =]'([\w.]+)'")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
 _FOUND = re.compile(r"(?:Got|Given) value: (.*)")
 _EXPECTED = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
@@ -25,7 +26,9 @@ _NO_IMPORT = re.compile(
 _VALUES = re.compile(r"'([^']*)'")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 _UNION_VALUE = re.compile(r"Given value: (.*)")
-_NO_SUBCLASS = re.compile(r"(?:does not correspond to a subclass of|Not a valid subclass of) (\w+)")
+_NO_SUBCLASS = re.compile(
+    r"(?:(?:Import path (\S+) )?does not correspond to a subclass of|Not a valid subclass of) (\w+)"
+)
 _OUTER = re.compile(r"\. Got value: Namespace\(.*")
 _QUALIFIED = re.compile(r"<class '([\w.]+)'>|((?:\w+\.)+\w+)")
 _WORDS = {"NoneType": "null", "str": "text"}
@@ -73,9 +76,16 @@ def _wrong_value(key: str, where: str, complaint: str, class_names: Iterable[str
     subtypes, given = _SUBTYPES.findall(complaint), _UNION_VALUE.search(complaint)
     wanted = _NO_SUBCLASS.search(complaint)
     value = _OUTER.sub("", given[1]).strip() if given else (found[1].strip() if found else "")
-    if wanted and (not subtypes or wanted[1] in subtypes[-1]):
-        return f"{key}={_cut(value)} is no {wanted[1]}.", nearest(value, class_names)
+    if wanted and (not subtypes or wanted[2] in subtypes[-1]):
+        value = value or wanted[1] or ""
+        fitting = [name for name in class_names if _is_subclass(name, wanted[2])]
+        return f"{key}={_cut(value)} is no {wanted[2]}.", nearest(value, fitting)
     return _not_as_expected(key, subtypes[-1], value) if subtypes and given else None
+
+
+def _is_subclass(path: str, base: str) -> bool:
+    """Return whether a class has a base class of this name, itself included."""
+    return base in {kind.__name__ for kind in getattr(pydoc.locate(path), "__mro__", ())}
 
 
 def _not_as_expected(key: str, kinds: str, value: str) -> tuple[str, str]:

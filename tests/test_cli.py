@@ -180,6 +180,21 @@ def test_an_interrupted_demo_says_how_to_go_on(
     assert "Start again with: adamerge demo" in capsys.readouterr().err
 
 
+def test_a_command_that_is_too_long_to_be_shown_whole_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    assert main(["fit", "--config", "x" * 700]) == 130
+    assert capsys.readouterr().err == (
+        "adamerge: interrupted. Resume with the same command and --ckpt_path last.\n"
+    )
+    assert main(["merge", "ties", "--base", "x" * 700]) == 130
+    assert capsys.readouterr().err == "adamerge: interrupted. Start again with the same command.\n"
+
+
 @pytest.mark.parametrize("kind", [FileNotFoundError, IsADirectoryError, PermissionError])
 def test_a_file_that_cannot_be_opened_is_a_message_not_a_traceback(
     kind: type[OSError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ CLASSES = ["adamerge.Entropy", "adamerge.Learned"]
 
 @pytest.fixture
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--mode", type=Literal["sum", "mean"], default="sum")
@@ -43,6 +43,7 @@ def explained(parser: ArgumentParser, *arguments: str) -> tuple[str, str]:
             "coefficients: adamerge.Learned has no option 'groupin'.",
             "Did you mean 'grouping'?",
         ),
+        ("--step 4", "unknown key step.", "Did you mean 'steps'?"),
         (
             "--coefficients.grouping tensr",
             "coefficients.grouping=tensr is not a valid value.",
@@ -94,6 +95,22 @@ def test_of_a_file(parser: ArgumentParser, tmp_path: Path, text: str, reason: st
 def test_of_a_nested_key_of_a_plain_value() -> None:
     complaint = "Group 'data' does not accept nested key 'sed'"
     assert explain(complaint, ["data.seed"], ()) == ("unknown key data.sed.", "Did you mean 'data.seed'?")
+
+
+def test_of_an_option_that_a_callable_lacks() -> None:
+    complaint = (
+        'Parser key "model.optimizer": Type collections.abc.Callable[[int], int] expects a function: Option '
+        "'learning_rate' is not accepted. Got value: Namespace(class_path='torch.optim.Adam', init"
+    )
+    reason, hint = explain(complaint, (), CLASSES)
+    assert reason == "model.optimizer: torch.optim.Adam has no option 'learning_rate'."
+    assert hint.startswith("Known: ")
+    assert " lr," in hint
+
+
+def test_of_a_class_of_another_kind(parser: ArgumentParser) -> None:
+    reason, hint = explained(parser, "--coefficients", "adamerge.Entropy")
+    assert (reason, hint) == ("coefficients=adamerge.Entropy is no Coefficients.", "Known: adamerge.Learned.")
 
 
 def test_of_a_required_value_that_nobody_gave() -> None:

@@ -116,6 +116,25 @@ def test_a_part_on_the_command_line_leaves_the_recipes_others(
     assert "objective Entropy; optimizer Adam(lr=0.03); edit ties_trim; decay linear; 2 steps" in told
 
 
+def test_lightnings_short_flag_names_files_too(command: list[str], tmp_path: Path) -> None:
+    method = tmp_path / "method.yaml"
+    method.write_text("method: plain\nmodel: {objective: {class_path: adamerge.Entropy}}\n")
+    assert main(["fit", "-c", command[2], "-c", str(method), *command[3:]]) == 0
+    settings = settings_of(tmp_path / "run")
+    assert settings["method"] == "plain"
+    assert settings["model"]["decay"] == "none"  # nothing of the default recipe
+
+
+def test_options_are_not_abbreviated(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--trainer.max_step", "3"]) == 2
+    assert "Did you mean 'trainer.max_steps'?" in capsys.readouterr().err
+    assert main([*command, "--model.objective", "adamerge.Entopy"]) == 2
+    assert "no class 'adamerge.Entopy'.\nDid you mean 'Entropy'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_method_file_stands_for_itself(clip: Path, tmp_path: Path, pictures: Path) -> None:
     benchmark = write_benchmark(tmp_path / "b", clip, rows_of(pictures))
     arguments = fit_arguments(benchmark, tmp_path / "named", "--trainer.max_steps", "1")

@@ -228,7 +228,7 @@ class Benchmark:
         files = ["--config", str(self.config), "--config", str(self._method_file(method))]
         named = ["--run_dir", str(self.folder(method)), "--method", method_name(method)]
         with self._own_classes(method):
-            run(["fit", *files, *named, *_BARE, *more])
+            run(["fit", *files, *named, *_BARE, *more], is_row=True)
 
     def _method_file(self, method: str) -> Path:
         found = method_file(method)

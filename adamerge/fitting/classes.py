@@ -83,9 +83,13 @@ def _require_class(key: str, path: str) -> None:
             f"{key}: module {module!r} cannot be imported: {type(error).__name__} {reason[:200]}."
         ) from error
     if not hasattr(found, name):
-        classes = [known for known, value in vars(found).items() if isinstance(value, type)]
-        where = getattr(found, "__file__", None) or module
-        raise InputError(f"{key}: there is no class {path!r} in {where}.", nearest(name, classes))
+        classes = {known for known, value in vars(found).items() if isinstance(value, type)}
+        classes |= {known for known in getattr(found, "__all__", ()) if known[:1].isupper()}
+        where = getattr(found, "__file__", None)
+        is_own = bool(where) and "site-packages" not in where and module.partition(".")[0] != "adamerge"
+        raise InputError(
+            f"{key}: there is no class {path!r}{f' in {where}' if is_own else ''}.", nearest(name, classes)
+        )
 
 
 def _class_paths(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

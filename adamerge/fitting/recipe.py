@@ -12,6 +12,7 @@ from adamerge.errors import InputError
 from adamerge.fitting.classes import class_named
 from adamerge.progress import console
 from adamerge.shipped import as_argument, default_recipe, named_parts, names_a_method, recipe_under
+from adamerge.task import published_adam
 
 _DEFAULTS = {  # of `merge_task`
     "coefficients": "Learned(initial=0.3)",
@@ -69,7 +70,7 @@ def in_one_line(settings: Any) -> str:
 
 def _part(part: Any) -> str:
     """Return a class and those of its options that are not its defaults; its learning rate always."""
-    if part is None:
+    if part is None or part is published_adam:
         return ""
     if not isinstance(part, Mapping | Namespace):
         return type(part).__name__

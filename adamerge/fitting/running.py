@@ -81,10 +81,16 @@ class RunCLI(LightningCLI):
     """One run: its parser, its folder, its callbacks and what it leaves behind."""
 
     def __init__(
-        self, command: str, claims: ExitStack, *args: Any, only_parse: bool = False, **kwargs: Any
+        self,
+        command: str,
+        claims: ExitStack,
+        *args: Any,
+        only_parse: bool = False,
+        is_row: bool = False,
+        **kwargs: Any,
     ) -> None:
         self._command, self._claims, self._began = command, claims, time.monotonic()
-        self._only_parse = only_parse
+        self._only_parse, self._is_row = only_parse, is_row
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]  no static one can know
@@ -243,13 +249,20 @@ class RunCLI(LightningCLI):
             provenance.write_manifest(self.folder)
             self._log(row)
             placing.complete(self._place)
-            run = self._place.run
-            print_table([row], str(run))
-            print_line(
-                f"{self.settings.method}: {outcome(row)}; {self.trainer.global_step} steps, "
-                f"{duration(time.monotonic() - self._began)}. Files: {run}. "
-                f"Load it: {loading_code(run / 'merged')}"
-            )
+            self._close(row)
+
+    def _close(self, row: ResultRow) -> None:
+        """Print what was reached; of a row of a table, which shows it with the others, in one line alone."""
+        run = self._place.run
+        reached = (
+            f"{self.settings.method}: {outcome(row)}; {self.trainer.global_step} steps, "
+            f"{duration(time.monotonic() - self._began)}."
+        )
+        if self._is_row:
+            print_line(reached)
+            return
+        print_table([row], str(run))
+        print_line(f"{reached} Files: {run}. Load it: {loading_code(run / 'merged')}")
 
     def after_validate(self) -> None:
         """Print the label-free measures."""
@@ -431,15 +444,20 @@ class _Parsed(Exception):
     """The configuration was parsed, and that was all."""
 
 
-def run(args: Sequence[str]) -> RunCLI:
+def run(args: Sequence[str], *, is_row: bool = False) -> RunCLI:
     """Run one subcommand with these command line arguments.
+
+    Args:
+        args: The command line.
+        is_row: Whether the run is a row of a table, which is shown when all rows are there.
 
     Raises:
         AdamergeError: Something that we can name is wrong.
         jsonargparse.ArgumentError: A key or value of the configuration is wrong.
     """
+    args = _spelled_out(args)
     with own_classes(args), unchanged_process():
-        return _run(args)
+        return _run(args, is_row=is_row)
 
 
 def check(args: Sequence[str]) -> None:
@@ -448,11 +466,21 @@ def check(args: Sequence[str]) -> None:
     Raises:
         InputError: A key or value is wrong, or a class is missing or takes other options.
     """
+    args = _spelled_out(args)
     with own_classes(args), unchanged_process(), contextlib.suppress(_Parsed):
         _run(args, only_parse=True)
 
 
-def _run(args: Sequence[str], *, only_parse: bool = False) -> RunCLI:
+def _spelled_out(args: Sequence[str]) -> list[str]:
+    """Return a command line in which Lightning's ``-c FILE`` is ``--config=FILE``."""
+    words = list(args)
+    for place, word in reversed([*enumerate(words[:-1])]):
+        if word == "-c":
+            words[place : place + 2] = [f"--config={words[place + 1]}"]
+    return words
+
+
+def _run(args: Sequence[str], **how: bool) -> RunCLI:
     require_classes(args)
     args = with_recipe(args)
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
@@ -460,10 +488,10 @@ def _run(args: Sequence[str], *, only_parse: bool = False) -> RunCLI:
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message=message)
-        return _run_cli(args, only_parse=only_parse)
+        return _run_cli(args, **how)
 
 
-def _run_cli(args: Sequence[str], *, only_parse: bool) -> RunCLI:
+def _run_cli(args: Sequence[str], **how: bool) -> RunCLI:
     """Run; the exit with which the trainer answers Ctrl-C is an interrupt again."""
     try:
         with ExitStack() as claims:
@@ -472,7 +500,7 @@ def _run_cli(args: Sequence[str], *, only_parse: bool) -> RunCLI:
                 claims,
                 merge_task,
                 MultiTaskData,
-                only_parse=only_parse,
+                **how,
                 save_config_callback=None,
                 seed_everything_default=0,
                 trainer_defaults={
@@ -485,7 +513,7 @@ def _run_cli(args: Sequence[str], *, only_parse: bool) -> RunCLI:
                     "enable_model_summary": False,
                     "enable_progress_bar": False,
                 },
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=list(args),
