@@ -60,7 +60,7 @@ def parts_of(document: dict[str, Any], name: object, *parts: str) -> list[Any]:
         found = [dict(document[part]) for part in parts]
         for part in found:
             if "tasks" in part:
-                require_file_names(part["tasks"])
+                require_file_names(dict(part["tasks"]))
                 part["tasks"] = {task: TaskSpec(**row) for task, row in part["tasks"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise no_benchmark(name, error) from error

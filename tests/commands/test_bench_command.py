@@ -98,13 +98,20 @@ def test_statistics_are_of_the_experts_as_they_are_and_of_the_images_in_use(
 
 
 @pytest.mark.parametrize(
-    "text", ["base: here", "model: [a", "model: {base: b, experts: {}}\ndata: {tasks: [1]}"]
+    ("text", "what"),
+    [
+        ("base: here", "benchmark"),
+        ("model: [a", "YAML"),
+        ("model: {base: b, experts: {}}\ndata: {tasks: [1]}", "benchmark"),
+    ],
 )
-def test_a_file_that_is_no_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_benchmark(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, what: str
+) -> None:
     file = tmp_path / "some.yaml"
     file.write_text(text)
     assert main(["bench", "run", str(file), "--out", str(tmp_path / "out")]) == 2
-    assert f"{file} is no benchmark" in capsys.readouterr().err
+    assert f"{file} is no {what}" in capsys.readouterr().err
 
 
 def test_an_unknown_method_is_refused_before_the_first_row(

@@ -224,7 +224,9 @@ class TestBadInput:
         assert "two experts are called 'a'" in self.refused(
             capsys, out, *base, f"--experts=a={path}", f"--experts=a={path}"
         )
-        assert "cannot name an expert" in self.refused(capsys, out, *base, f"--experts=a/b={path}")
+        assert "expert name 'a/b' cannot be a file name" in self.refused(
+            capsys, out, *base, f"--experts=a/b={path}"
+        )
         assert "has no name or no path" in self.refused(capsys, out, *base, f"--experts={path}")
         assert "does not exist" in self.refused(capsys, out, *base, "--experts=a=nowhere.safetensors")
 
@@ -322,8 +324,13 @@ def test_open_clip_experts_of_another_activation_are_refused(
 ) -> None:
     config = tiny_config()
     config["model_cfg"]["quick_gelu"] = True
-    write_clip(tmp_path / "quick", config=config)
-    given = ["--base", str(clip / "base"), "--experts", f"cars={tmp_path / 'quick'}", "--force"]
-    assert main(["merge", "average", *given, "--out", str(tmp_path / "out")]) == 2
+    write_clip(tmp_path / "quick", seed=1, config=config)
+    given = ["--base", str(clip / "base"), "--experts", f"cars={tmp_path / 'quick'}"]
+    command = ["merge", "average", *given, "--out", str(tmp_path / "out")]
+    assert main(command) == 2
     assert "activation differs: base gelu, expert 'cars' quick_gelu" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    with pytest.warns(
+        adamerge.errors.AdamergeWarning, match=r"differs: base .* By force, the base's setting stands"
+    ):
+        assert main([*command, "--force"]) == 0  # as the refusal says
