@@ -79,8 +79,8 @@ class Format(NamedTuple):
 
 
 def _require_same_encoder(base: Path, experts: Paths) -> None:
-    require_same_configuration(base, experts)
-    require_same_tokenizers(base, experts)
+    require_same_tokenizers(base, experts)  # first, for no force accepts other tokens
+    require_same_transformers(base, experts)
 
 
 def _of_classifiers(path: Path, names: Collection[str]) -> HFEncoder:

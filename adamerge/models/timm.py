@@ -96,6 +96,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
     config = read_object(path / CONFIG)
     cfg, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    for key, value in {"pretrained_cfg": cfg, "model_args": arguments}.items():
+        if not isinstance(value, dict):
+            raise InputError(f"{path / CONFIG}: {key} is no JSON object.", "Download or save it again.")
     known = {field.name for field in fields(PretrainedCfg)}
     settings = resolve_data_config(
         pretrained_cfg=asdict(PretrainedCfg(**{k: v for k, v in cfg.items() if k in known}))

@@ -51,7 +51,7 @@ def _differences(base: Any, expert: Any) -> Iterator[str]:
     ours, other = base.get_vocab(), expert.get_vocab()
     if len(ours) != len(other):
         yield f"the base has {len(ours)} tokens, {{expert}} {len(other)}"
-    for token in ours:
+    for token in sorted(ours, key=ours.__getitem__):
         if ours[token] != other.get(token):
             shown = repr(token).replace("{", "{{").replace("}", "}}")
             place = other.get(token, "not in the vocabulary")

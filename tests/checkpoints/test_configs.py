@@ -226,6 +226,26 @@ class TestProcessors:
         expert = write(tmp_path / "x", config=vit, preprocessor_config=self.NEW | change)
         assert f"{next(iter(change))} differs: base " in refused(base, expert)
 
+    @pytest.mark.parametrize("config", [{"model_type": "vit"}, {"model_type": "siglip"}, CLIP], ids=str)
+    def test_processors_of_every_kind_of_model_are_compared(
+        self, tmp_path: Path, config: dict[str, Any]
+    ) -> None:
+        config = config | {"architectures": ["ViTForImageClassification"]}
+        base = write(tmp_path / "base", config=config, preprocessor_config=self.NEW)
+        other = self.NEW | {"image_mean": [0.4] * 3}
+        expert = write(tmp_path / "x", config=config, preprocessor_config=other)
+        with pytest.raises(InputError, match="image_mean differs: base"):
+            require_same_function(base, {"x": expert})
+        with pytest.warns(AdamergeWarning, match="image_mean differs"):
+            require_same_function(base, {"x": expert}, force=True)
+
+    def test_images_of_enormous_sizes_are_not_made(self, tmp_path: Path) -> None:
+        vit, size = {"model_type": "vit"}, {"height": 200_000, "width": 200_000}
+        new = self.NEW | {"image_processor_type": "ViTImageProcessor"}
+        base = write(tmp_path / "base", config=vit, preprocessor_config=new)
+        expert = write(tmp_path / "x", config=vit, preprocessor_config=new | {"size": size})
+        assert "size differs: base " in refused(base, expert)
+
 
 class TestOpenClip:
     MODEL: ClassVar[dict[str, Any]] = {

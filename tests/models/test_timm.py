@@ -201,6 +201,8 @@ class TestConfigurations:
             ),
             ("model_args", {"patch_size": 4}, "patch_size differs: base 8, expert 'x' 4"),
             ("pretrained_cfg", {"crop_pct": 1.0}, "crop_pct differs: base 0.9, expert 'x' 1.0"),
+            ("pretrained_cfg", None, "pretrained_cfg is no JSON object"),
+            ("model_args", [1], "model_args is no JSON object"),
         ],
     )
     def test_a_difference_is_named(
