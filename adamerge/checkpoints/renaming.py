@@ -6,7 +6,7 @@ Nothing here is a list of known prefixes: names and shapes of both sides tell.
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby
 from typing import NamedTuple
 
 from adamerge.checkpoints.reading import Checkpoint
@@ -149,7 +149,7 @@ def shapes_of(state: State) -> dict[str, Shape]:
 def _improved(ours: Shapes, theirs: Shapes, best: Way, role: str) -> Way:
     """Return a better way than this one, with a prefix or one wrapper more, if there is any."""
     found = best
-    for wrappers in ((), *((wrapper,) for wrapper in _foreign(ours, theirs))):
+    for wrappers in ((), *_foreign(ours, theirs)):
         removed = {*best.wrappers, *wrappers}
         base, expert = Side.of(ours, removed), Side.of(theirs, removed)
         if len(base.keys) < len(ours) or len(expert.keys) < len(theirs):
@@ -231,16 +231,20 @@ def _starts(name: str) -> Iterator[int]:
         yield inner[0]  # a name of one part, behind a prefix
 
 
-def _foreign(ours: Collection[str], theirs: Collection[str]) -> list[str]:
-    """List parts inside the names of one side that the other side's names never have, frequent ones first."""
-    inside = [
-        Counter(part for name in names for part in dict.fromkeys(name.split(".")[:-1]))
-        for names in (ours, theirs)
-    ]
-    foreign = (inside[0] - Counter(dict.fromkeys(inside[1], len(ours)))) + (
-        inside[1] - Counter(dict.fromkeys(inside[0], len(theirs)))
-    )
-    return [part for part, _ in islice(foreign.most_common(), _MOST)]
+def _foreign(ours: Collection[str], theirs: Collection[str]) -> list[tuple[str, ...]]:
+    """List what stands inside the names of one side and never in the other side's, frequent ones first.
+
+    Returns:
+        Single parts (``_orig_mod``), and several that follow one another (``modules_to_save.default``).
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for names, others in ((ours, theirs), (theirs, ours)):
+        usual = {part for name in others for part in name.split(".")[:-1]}
+        for name in names:
+            runs = groupby(name.split(".")[:-1], usual.__contains__)
+            groups = [tuple(run) for is_usual, run in runs if not is_usual]
+            counts.update({*groups, *((part,) for group in groups for part in group)})
+    return [parts for parts, _ in counts.most_common(_MOST)]
 
 
 def _without(names: Collection[str], wrappers: Collection[str]) -> dict[str, str]:
@@ -258,9 +262,15 @@ def _outside(way: Way, ours: Collection[str], names: Collection[str]) -> frozens
 
     common = [name for name in names if name in ours]
     shared = {module(name) for name in common}
-    lone = [*(n for n in ours if n not in names), *(n for n in names if n not in ours)]
-    outside = frozenset(name for name in lone if module(name) not in shared)
-    return outside if 2 * len(outside) <= len(common) else frozenset()
+    outside = frozenset[str]()
+    for side, other in (
+        (ours, names),
+        (names, ours),
+    ):  # each by itself: an expert may be one tower with a head
+        lone = [name for name in side if name not in other and module(name) not in shared]
+        if 2 * len(lone) <= len(common):
+            outside |= frozenset(lone)
+    return outside
 
 
 def _lacking_aliases(base: State, expert: State) -> dict[str, str]:

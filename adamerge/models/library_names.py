@@ -4,7 +4,7 @@ Versions rename modules; files keep older names. The library converts names whil
 loaded in place of tensors, and where each arrives tells which tensor is which.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ def under_library_names(base: State, expert: Checkpoint) -> Checkpoint:
         base: The base's tensors.
         expert: The expert, which keeps its names where the library does not bring more into the base.
     """
+    if aliases := _tied_vectors(base, expert):
+        names = {name: name for name in expert} | aliases
+        expert = expert.renamed(names, expert.outside.difference(aliases), expert.dialect)
     if all(name in base or name in expert.outside for name in expert):
         return expert
     if all(name in expert for name in base if is_mergeable(info(base, name).dtype)):
@@ -77,6 +80,35 @@ def under_library_names(base: State, expert: Checkpoint) -> Checkpoint:
     outside = expert.outside & {*rest, *(name for name in base if name not in names)}
     told = ", ".join(filter(None, (expert.dialect, "as transformers names the same tensors")))
     return expert.renamed(rest | names, outside, told)
+
+
+def _tied_vectors(base: State, expert: Checkpoint) -> dict[str, str]:
+    """Find vectors that the base stores under two names, the expert under one, as tied biases are.
+
+    Vectors may be equal by chance, as zeros are; so the base's own class says which are tied.
+
+    Returns:
+        From the name that the expert lacks to the one that it has.
+    """
+    lacking = (name for name in base if name not in expert and name not in expert.outside)
+    twins = [(name, other) for name in lacking for other in _twins_of(name, base, expert)]
+    family, config = _family_of(getattr(base, "root", None)) if twins else (None, None)
+    if family is None:
+        return {}
+    model, *_ = match_tensors(family, config, base)
+    sources: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {name: other for name, other in twins if sources.get(name, name) == sources.get(other, other)}
+
+
+def _twins_of(name: str, base: State, expert: State) -> Iterator[str]:
+    """List the other names of the base that hold the same vector, and that the expert has."""
+    shape, dtype = info(base, name)
+    if len(shape) != 1 or not is_mergeable(dtype):
+        return
+    for other in base:
+        is_alike = other != name and other in expert and info(base, other) == (shape, dtype)
+        if is_alike and torch.equal(base[other], base[name]):
+            yield other
 
 
 def _family_of(root: Path | None) -> tuple[Any, Any]:

@@ -176,6 +176,22 @@ class TestOtherDialects:
         pattern = {"allow_missing": ["classifier.*"], "exclude": ["classifier.*"]}
         TaskVectors.open(base, {"x": tmp_path / "x"}, **pattern)  # named, so not told
 
+    def test_one_tower_with_a_head_of_its_own_is_an_expert_of_both_towers(self, tmp_path: Path) -> None:
+        """As research code wraps the image tower of a CLIP together with a classification head."""
+        blocks = tensors(*(f"blocks.{i}.weight" for i in range(4)))
+        base = prefixed(blocks, "visual.") | {f"transformer.{n}": t + 1 for n, t in blocks.items()}
+        tower = {f"image_encoder.model.{n}": base[n] + 0.1 for n in base if n.startswith("visual.")}
+        written(tmp_path / "x", tower | {"classification_head.weight": torch.ones(2, 3)})
+        with pytest.warns(AdamergeWarning, match=r"has classification_head.weight, which the base lacks"):
+            vectors = TaskVectors.open(base, {"x": tmp_path / "x"})
+        assert set(vectors.names) == {n for n in base if n.startswith("visual.")}
+
+    def test_wrappers_of_several_parts_come_out(self, tmp_path: Path) -> None:
+        base = tensors("vit.a.weight", "vit.b.weight", "vit.c.weight", "classifier.weight")
+        names = {n: n.replace("classifier.", "classifier.modules_to_save.default.") for n in base}
+        expert = written(tmp_path / "x", {f"base_model.model.{names[n]}": t for n, t in base.items()})
+        assert set(under_names_of(base, expert)) == set(base)
+
     def test_a_part_of_the_body_may_not_be_missing(self, tmp_path: Path) -> None:
         plain = tensors("layers.0.fc.weight", "layers.1.fc.weight", "layers.2.fc.weight", "norm.weight")
         short = {f"bert.{n}": t for n, t in plain.items() if n != "layers.2.fc.weight"}
