@@ -27,6 +27,9 @@ _QUANTISED = re.compile(
     r"|W_q|weight:_data.*|weight_qdata|_weight_(qdata|scale.*)|weight\._(data|scale|shift)|codebooks|qscales?)"
     r"|(.*\.)?weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
 )
+# What such methods name the like of `weight`, where it is an integer: MXFP4, zero points.
+_CODES = re.compile(r".*_(blocks|scales|codes|zp|zeros?|zero_points?)")
+_LORA = re.compile(r"(.*\.)?lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b.*")
 _WEIGHT = re.compile(r"(.*\.)?(weight|weights|bias|in_proj_weight|kernel|embedding)")
 
 
@@ -86,6 +89,8 @@ def needed_of(base: Iterable[str], expert: Iterable[str]) -> list[str]:
 
 def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
     """Name the prefix whose removal or addition would make the names agree, or say how to go on."""
+    if any(_LORA.fullmatch(name) for name in extra):
+        return "Of an adapter, give the folder."
     for prefix in PREFIXES:
         if any(name.removeprefix(prefix) in missing for name in extra if name.startswith(prefix)):
             return f"The expert's names carry the prefix {prefix!r}: strip it."
@@ -95,9 +100,11 @@ def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
 
 
 def extra_hint(extra: Iterable[str]) -> str:
-    """Tell a quantised expert by its names, or say how to go on."""
+    """Recognise a quantised expert, or LoRA that is not merged, by its names, or say how to go on."""
     if any(is_of_quantisation(name) for name in extra):
         return "It looks quantised: dequantise first."
+    if any(_LORA.fullmatch(name) for name in extra):
+        return "They are LoRA matrices: merge them with PEFT (merge_and_unload), and give what that saves."
     return f"If they may be left out, {_passing('exclude')}"
 
 
@@ -108,7 +115,7 @@ def is_of_quantisation(name: str) -> bool:
 
 def is_weight(name: str) -> bool:
     """Return whether a name is that of a weight, which no model stores as integers unless it is quantised."""
-    return _WEIGHT.fullmatch(name) is not None
+    return _WEIGHT.fullmatch(name) is not None or _CODES.fullmatch(name) is not None
 
 
 def keep_hint(names: Sequence[str], others: Iterable[str]) -> str:

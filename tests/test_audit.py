@@ -237,6 +237,8 @@ CODES = {
     "fp8 with scales": {"l.weight": MATRIX.to(torch.float8_e4m3fn), "l.weight_scale_inv": ONE},
     "compressed-tensors": {"l.weight_packed": torch.ones(2, 1).int(), "l.weight_scale": ONE},
     "HQQ": {"l.W_q": MATRIX.byte(), "l.scale": ONE},
+    "MXFP4": {"l.weight_blocks": MATRIX.byte(), "l.weight_scales": ONE.byte()},
+    "zero points": {"l.weight": MATRIX.byte(), "l.weight_zp": ONE.char()},
     "integer codes of an unknown method": {"l.weight": MATRIX.short()},
 }
 
@@ -265,3 +267,11 @@ class TestQuantised:
     def test_integers_that_one_side_lacks_do_no_harm(self) -> None:
         plain, ids = {"w": torch.ones(2)}, {"table": torch.arange(4)}
         assert audit(plain | ids, {"x": plain}) == audit(plain, {"x": plain | ids}) == ("w",)
+
+
+def test_lora_matrices_beside_weights_are_named() -> None:
+    """As a state dict of a PEFT model holds them; leaving them out would leave the training out."""
+    base = {"l.weight": torch.ones(2, 2)}
+    lora = {"l.lora_A.default.weight": torch.ones(1, 2), "l.lora_B.default.weight": torch.ones(2, 1)}
+    assert "merge them with PEFT" in refused(base, base | lora)
+    assert "Of an adapter, give the folder." in refused(base, lora)

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from adamerge.checkpoints.layout import conversion
 from adamerge.checkpoints.unpickling import is_refused
 from adamerge.errors import InputError, shortlist
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST = 2**26  # bytes of a pickle that are looked at: in torch's files, values stand elsewhere
 _HEADER = b"\0\0\0\0{"  # a length below 4 GB, then JSON: bytes 4 to 8 of a safetensors file
+_ZIP = b"PK\x03\x04"
+_OTHERS = {b"GGUF": "GGUF, llama.cpp's format", b"\x89HDF": "HDF5, as Keras writes it"}
 _UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
 # What a plain state dict imports. Anything else may run code, or needs the code that wrote it.
 _PLAIN = re.compile(
@@ -43,12 +46,16 @@ def refusal(file: Path) -> InputError:
         elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
             problem = f"an HTML page ({in_units(size)}) was saved instead of weights"
             hint = "Download it again."
-        elif head.startswith(b"PK\x03\x04"):
+        elif head.startswith(_ZIP):
             return _refused_archive(file)
+        elif head[:4] in _OTHERS:
+            problem, hint = f"it is {_OTHERS[head[:4]]}", "Give the same model as safetensors."
         elif looks_pickled(head, file):
             return _refused_pickle(file, imports_of(head + stream.read(_MOST)))
         else:
-            problem, hint = _measured(head, size, stream), "Download it again."
+            is_usual = file.suffix in (".safetensors", *PICKLES)
+            problem = _measured(head, size, stream)
+            hint = "Download it again." if is_usual else "Give the model as safetensors."
     return InputError(f"{file} cannot be read: {problem}.", hint)
 
 
@@ -56,6 +63,15 @@ def looks_pickled(head: bytes, file: Path) -> bool:
     """Tell a pickle by its first bytes; those of old protocols are letters."""
     old = file.suffix in PICKLES and head[:1] in (b"(", b"c", b"]", b"}")
     return old or (head.startswith(b"\x80") and head[4:9] != _HEADER)
+
+
+def is_pickled(file: Path) -> bool:
+    """Return whether a file is a pickle or an archive of one, whatever its name."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        head = stream.read(512)
+    return head.startswith(_ZIP) or looks_pickled(head, file)
 
 
 def in_units(*sizes: int) -> str:
@@ -111,22 +127,23 @@ def _refused_archive(file: Path) -> InputError:
         return InputError(f"{file} cannot be read: {problem}.", "Download it again.")
     if any(Path(name).name == "constants.pkl" for name in names):
         problem = "it is a TorchScript archive, which is code"
-        hint = f"Read its tensors without running it: adamerge convert {file}"
-        return InputError(f"{file} cannot be read: {problem}.", hint)
+        return InputError(f"{file} cannot be read: {problem}.", conversion(file))
+    if not names:
+        problem = "it is an archive of other files than torch.save's"
+        return InputError(f"{file} cannot be read: {problem}.", "Unpack it, and give what is inside.")
     return _refused_pickle(file, imports)
 
 
 def _refused_pickle(file: Path, imports: list[str]) -> InputError:
     """Name what a pickle would import; what is outside the usual libraries first."""
     foreign = [name for name in imports if not _PLAIN.fullmatch(name)]
-    convert = f"adamerge convert {file}"
     if not foreign:
         problem = "it is a pickle, which can run code"
-        return InputError(f"{file} cannot be read: {problem}.", f"Read it without running it: {convert}")
+        return InputError(f"{file} cannot be read: {problem}.", conversion(file))
     foreign.sort(key=lambda name: (not is_refused(name), _FAMILIAR.match(name) is not None))
-    hint = f"It is a whole model, or more. Read its tensors without running it: {convert}"
+    hint = f"It is a whole model, or more. {conversion(file)}"
     if any(_RESEARCH.fullmatch(name) for name in foreign):
-        hint = f"It is a whole model of task-vector research code. Read its tensors: {convert}"
+        hint = f"It is a whole model of task-vector research code. {conversion(file)}"
     if is_refused(foreign[0]):
         hint = "Loading it would run that code. Ask its author for safetensors."
     return InputError(f"{file} refused: the file asks to import {shortlist(foreign)}.", hint)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ PICKLED = {
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"pytorch_(model-\d+-of-\d+)\.bin")
 _VARIANT = re.compile(r"model\.([\w-]+)\.safetensors|model\.safetensors\.index\.([\w-]+)\.json")
+_DEPTH = 4  # of configurations inside configurations
 # In the order of transformers' from_pretrained, open_clip's `local-dir:` and timm's `local-dir:`.
 _TRANSFORMERS = (SINGLE, INDEX, "pytorch_model.bin", PICKLED_INDEX)
 _OPEN_CLIP = (
@@ -68,6 +70,21 @@ def converted_name(file: Path) -> str:
     return f"{shard[1]}.safetensors" if shard else PICKLED.get(file.name, f"{file.stem}.safetensors")
 
 
+def conversion(file: Path) -> str:
+    """Return what to do about a pickled file: the command that converts it, and what to give then.
+
+    Args:
+        file: The file; where readers look for the converted file beside it, nothing else has to be given.
+    """
+    new, command = file.with_name(converted_name(file)), f"adamerge convert {shlex.quote(str(file))}"
+    if file.name in PICKLED or file.name == PICKLED_INDEX or _SHARD.fullmatch(file.name):
+        return f"Read it without running it: {command}"
+    if new == file:
+        new = file.with_suffix(f".converted{file.suffix}")
+        command += f" --out {shlex.quote(str(new))}"
+    return f"Read it without running it: {command} (then give {new})"
+
+
 def variants(root: Path) -> list[str]:
     """List the weights of a folder that transformers reads only when their variant is asked for."""
     return sorted(path.name for path in root.iterdir() if _VARIANT.fullmatch(path.name))
@@ -96,13 +113,16 @@ def refuse_quantised_settings(root: Path) -> None:
                 f"{root / 'config.json'} has {key}quantization_config"
                 f" ({method or 'of an unnamed method'}): its weights are quantised.",
                 "Codes and scales cannot be merged: dequantise the model and save it again, or give the "
-                "model that was quantised.",
+                "model that was quantised. Where the weights are plain already, remove that key.",
             )
 
 
-def _parts(settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "", settings
-    yield from ((f"{key}.", value) for key, value in settings.items() if isinstance(value, dict))
+def _parts(settings: dict[str, Any], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """List a configuration and those inside it, as models of several parts have them, by dotted place."""
+    yield place, settings
+    for key, value in settings.items():
+        if isinstance(value, dict) and place.count(".") < _DEPTH:
+            yield from _parts(value, f"{place}{key}.")
 
 
 def _order(root: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adamerge.checkpoints.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
+from adamerge.checkpoints.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED, conversion
 from adamerge.checkpoints.reading import Checkpoint
 from adamerge.errors import InputError, shortlist
 
@@ -68,9 +68,7 @@ def read_edits(root: Path) -> tuple[Checkpoint, dict[str, Edit]]:
         pickled = next((root / name for name in names if PICKLED.get(name) == WEIGHTS), None)
         raise InputError(
             f"{root} has no {WEIGHTS}; it holds: {shortlist(names) or 'nothing'}.",
-            f"Read the pickle without running it: adamerge convert {pickled}"
-            if pickled
-            else "Download or save the adapter again.",
+            conversion(pickled) if pickled else "Download or save the adapter again.",
         )
     settings, tensors = _settings(root / CONFIG), Checkpoint(root, (root / WEIGHTS,))
     edits: dict[str, Edit] = {}

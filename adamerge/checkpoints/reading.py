@@ -15,7 +15,7 @@ from torch import Tensor
 from adamerge.checkpoints.diagnosis import in_units, refusal
 from adamerge.checkpoints.header import DTYPES, Entry, read_header
 from adamerge.checkpoints.hub import local_path
-from adamerge.checkpoints.layout import INDEX, refuse_quantised_settings, variants, weight_file
+from adamerge.checkpoints.layout import INDEX, conversion, refuse_quantised_settings, variants, weight_file
 from adamerge.checkpoints.modules import transformer_folder
 from adamerge.digests import sha256
 from adamerge.errors import InputError, shortlist
@@ -186,8 +186,7 @@ def _without_weights(root: Path) -> InputError:
 def _pickled(file: Path) -> InputError:
     """Return the error that says how pickled weights can be read."""
     if file.suffix == _JSON:
-        hint = f"Read them without running them: adamerge convert {file}"
-        return InputError(f"{file} names pickled shards, which can run code.", hint)
+        return InputError(f"{file} names pickled shards, which can run code.", conversion(file))
     return refusal(file)
 
 

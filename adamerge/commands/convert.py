@@ -14,7 +14,7 @@ from adamerge import __version__
 from adamerge.atomic import exclusive, refuse_existing, require_free_space, write_text
 from adamerge.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from adamerge.checkpoints.contents import choose, tensors_in
-from adamerge.checkpoints.diagnosis import in_units
+from adamerge.checkpoints.diagnosis import in_units, is_pickled
 from adamerge.checkpoints.layout import INDEX, PICKLED_INDEX, converted_name, plain_settings
 from adamerge.checkpoints.pickled import open_pickled, read_all
 from adamerge.checkpoints.stored import StoredTensor
@@ -61,9 +61,9 @@ def convert(
         return _convert_shards(source, overwrite=overwrite)
     target = Path(out) if out else source.with_name(converted_name(source))
     if out is None and target == source:
-        raise InputError(f"{source} is a safetensors file.", "Give another file to write: --out FILE")
+        raise InputError(f"{source} would be written over.", "Give another file to write: --out FILE")
     refuse_existing(target, overwrite=overwrite, inputs={"the old file": source})
-    if source.suffix == ".safetensors":
+    if source.suffix == ".safetensors" and not is_pickled(source):
         lines = _rewrite(source, target, key, strip)
     else:
         lines = _convert_pickle(source, target, key, strip)
@@ -106,6 +106,10 @@ def _convert_shards(source: Path, *, overwrite: bool) -> int:
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"{source} is damaged or no index of shards beside it.", "Download it again.")
     renamed = {name: converted_name(Path(name)) for name in dict.fromkeys(names)}
+    absent = [name for name in renamed if not source.with_name(name).is_file()]
+    if absent:
+        problem = f"{source}: {len(absent)} of {len(renamed)} shards are missing: {shortlist(absent)}."
+        raise InputError(problem, "Download the others.")
     for name in [*renamed.values(), INDEX]:
         refuse_existing(source.with_name(name), overwrite=overwrite)
     weight_map: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """What a file really is that safetensors refuses, told without running any of it."""
 
+import io
 import os
 import pickle
 import pickletools
@@ -36,6 +37,16 @@ def refused(file: Path) -> str:
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3400000000\n"
+
+
+def archived(content: bytes) -> bytes:
+    """An archive that holds one file, as people pack model folders."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("model/model.safetensors", content)
+    return stream.getvalue()
+
+
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda b: b[:-5], "cut off at 83 of 88 bytes.\nDownload it again"),
     "cut inside the header": (
@@ -50,6 +61,9 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "an HTML page (12.0 kB) was saved instead of weights",
     ),
     "half an archive": (lambda b: b"PK\x03\x04" + bytes(50), "it is a damaged or cut-off archive"),
+    "another archive": (archived, "it is an archive of other files than torch.save's.\nUnpack it"),
+    "GGUF": (lambda b: b"GGUF" + bytes(60), "it is GGUF, llama.cpp's format.\nGive the same model as"),
+    "HDF5": (lambda b: b"\x89HDF\r\n" + bytes(60), "it is HDF5, as Keras writes it."),
     "a header of noise": (lambda b: (20).to_bytes(8, "little") + b"x" * 30, "its header is damaged"),
     "trailing bytes": (lambda b: b + b"more", "it holds 92 bytes where its header describes 88"),
 }

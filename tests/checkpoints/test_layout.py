@@ -112,6 +112,10 @@ def test_an_adapter_beside_full_weights_is_refused_with_both_names(
             {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
             "text_config.quantization",
         ),
+        (
+            {"thinker_config": {"text_config": {"quantization_config": {"quant_method": "gptq"}}}},
+            "thinker_config.text_config.quantization_config (gptq)",
+        ),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "(compressed-tensors)"),
     ],
     ids=str,

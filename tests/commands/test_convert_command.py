@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +138,29 @@ class TestAdvice:
             open_checkpoint(tmp_path)
         assert main(["convert", str(index)]) == 0
         assert set(open_checkpoint(tmp_path)) == {"a", "b"}
+
+    def test_a_missing_shard_is_named_before_anything_is_written(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+        names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": names}))
+        before = sorted(tmp_path.iterdir())
+        assert main(["convert", str(index)]) == 2
+        assert f"1 of 2 shards are missing: {names['b']}." in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize("name", ["best.pt", "best model.pth", "model.safetensors"])
+    def test_a_pickled_file_is_converted_by_its_advice(self, tmp_path: Path, name: str) -> None:
+        """Also where its name has a blank, or is that of another format."""
+        torch.save({"w": torch.ones(3)}, tmp_path / name)
+        with pytest.raises(InputError) as caught:
+            open_checkpoint(tmp_path / name)
+        advice = str(caught.value).splitlines()[1]
+        command, new = advice.partition(": adamerge ")[2].removesuffix(")").split(" (then give ")
+        assert main(shlex.split(command)) == 0
+        assert set(open_checkpoint(new)) == {"w"}
 
     def test_names_of_a_safetensors_file_are_stripped(self, tmp_path: Path) -> None:
         save_file({"module.w": torch.ones(2)}, tmp_path / "old.safetensors")
