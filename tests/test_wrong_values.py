@@ -180,6 +180,7 @@ def _command_cases(world: World, each: int, seed: int) -> dict[str, list[str]]:
     for command, (function, words) in COMMANDS.items():
         options = [name for name in inspect.signature(function).parameters if name != "method"]
         options = [name for name in options if name not in ("action", "options")]
+        options = [name for name in options if (command, name) != ("demo", "out")]  # any name is a folder's
         for (option,), kind in cases([(name,) for name in options], each, seed):
             given = [*_words(world, words), f"--{option}={_as_words(KINDS[kind])}"]
             found[_name((command, option), kind)] = [command, *given]
@@ -330,6 +331,7 @@ TOGETHER = [
     (["--trainer.accumulate_grad_batches", "3"], "a step is one batch of every task"),
     (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 is out of range"),
     (["--trainer.overfit_batches", "2"], "trainer.overfit_batches=2"),
+    (["--trainer.val_check_interval", "0.5"], "trainer.val_check_interval=0.5"),
     (["--trainer.gradient_clip_algorithm", "nonsense"], "gradient_clip"),
     (["--trainer.max_steps", "-1"], "trainer.max_steps=-1"),
     (["--trainer.max_steps", "1" * 30], "trainer.max_steps=1111"),

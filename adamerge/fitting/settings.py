@@ -42,7 +42,7 @@ class _Trainer(TypedDict):
     limit_test_batches: Batches | None
     limit_predict_batches: Batches | None
     overfit_batches: Annotated[float, Range("[0, 0]")]  # Lightning would take the sampler away
-    val_check_interval: Natural | Annotated[float, Range("[0, 1]")] | str | None
+    val_check_interval: Natural | Annotated[float, Range("[1, 1]")] | str | None  # of no end there is no half
     check_val_every_n_epoch: Count | None
     num_sanity_val_steps: Annotated[int, Range("[-1, 1e9]")] | None
     log_every_n_steps: Natural | None
