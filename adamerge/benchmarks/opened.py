@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from adamerge.benchmarks.measuring import expert_statistics
+from adamerge.checkpoints import locate, open_checkpoint
 from adamerge.data.module import MultiTaskData
 from adamerge.evaluation import Evaluation, evaluate
 from adamerge.fitting import model_settings, open_vectors, weight_digests
 from adamerge.models import Backbone, Head, ModuleBackbone, Statistics, open_heads, walk
+from adamerge.models.opening import require_fitting_heads
 from adamerge.state import State
 from adamerge.static import EDITS, METHODS, edit, expert_tensors, merge
 from adamerge.vectors import STREAM, Codec, TaskVectors
@@ -133,7 +135,9 @@ class Models:
     @cached_property
     def heads(self) -> dict[str, Head]:
         """Every task's head."""
-        return open_heads(self.base, self.data.tasks, self.experts)
+        heads = open_heads(self.base, self.data.tasks, self.experts)
+        require_fitting_heads(self.backbone, open_checkpoint(locate(self.base, "base")), heads)
+        return heads
 
     @cached_property
     def base_heads(self) -> dict[str, Head]:

@@ -18,7 +18,7 @@ from adamerge.data.tasks import TaskSpec
 from adamerge.documents import require_source
 from adamerge.errors import InputError, nearest
 from adamerge.models import ModuleBackbone, Surgery, open_backbone, open_heads
-from adamerge.models.opening import reads_classifiers, require_same_function
+from adamerge.models.opening import reads_classifiers, require_fitting_heads, require_same_function
 from adamerge.objectives import Objective
 from adamerge.ranges import Count, Range, checked
 from adamerge.state import State
@@ -102,6 +102,7 @@ def merge_task(
     else:
         vectors = vectors.stored(form or codec)
     heads = open_heads(base, tasks, experts)
+    require_fitting_heads(backbone, open_checkpoint(locate(base, "base")), heads)
     return MergeTask(
         vectors,
         backbone,

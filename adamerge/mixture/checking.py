@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from adamerge.digests import file_digest, sha256
 from adamerge.errors import InputError, shortlist
 from adamerge.mixture.model import Mixture
 from adamerge.models import Backbone, Head, ModuleBackbone
+from adamerge.models.opening import probe_of
 from adamerge.state import State, info
 
 _DECIDING = ("kind", "tasks", "routing", "blocks", "aliases", "flow", "heads")  # of a document
@@ -86,7 +86,7 @@ def require_whole(mixture: Mixture, folder: Path) -> None:
     problems = [*_misshapen(mixture.backbone, mixture.shared), *_head_problems(mixture.heads)]
     if problems:
         raise InputError(f"{folder} is damaged: {shortlist(problems, 3)}.", "Copy it again.")
-    probe = _probe(mixture.backbone)
+    probe = probe_of(mixture.backbone)
     if probe is None:
         return
     task = mixture.vectors.tasks[0] if mixture.vectors.tasks else None
@@ -152,15 +152,6 @@ def _head_problems(heads: Mapping[str, Head]) -> list[str]:
             if not x.isfinite().all()
         ]
     return problems
-
-
-def _probe(backbone: Backbone) -> torch.Tensor | None:
-    """Make one input of a backbone that prepares images or texts itself; None for one that does not."""
-    if not getattr(backbone, "transform_key", ""):
-        return None
-    modality = getattr(backbone, "modality", "image")
-    value = "a" if modality == "text" else Image.new("RGB", (48, 48))
-    return backbone.preprocess(value)[None]
 
 
 def _is_tree(value: Any, kind: type) -> bool:

@@ -133,9 +133,10 @@ class Head:
             InputError: The file has no matrix ``weight``, or its ``bias`` or names do not fit.
         """
         state = open_checkpoint(path, role="head")
-        if "weight" not in state or state["weight"].dim() != 2:
+        if "weight" not in state or state["weight"].dim() != 2 or not state["weight"].is_floating_point():
+            content = [f"{name} {state[name].dtype} {[*state[name].shape]}" for name in state]
             raise InputError(
-                f"head {path} has no matrix 'weight'; it holds {shortlist(state)}.",
+                f"head {path} has no matrix 'weight' of numbers; it holds {shortlist(content)}.",
                 "Save {'weight': [class, dim]} and, optionally, {'bias': [class]}.",
             )
         weight, bias = state["weight"].float(), state["bias"].float() if "bias" in state else None

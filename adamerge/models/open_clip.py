@@ -44,6 +44,7 @@ class OpenClipBackbone(ModuleBackbone):
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
+        read_config(Path(path))
         tower, config = open_clip_image_tower(Path(path))
         transform: Any = image_transform_v2(PreprocessCfg(**config), is_train=False)
         versions = {"library": f"open_clip {open_clip.__version__}", "pillow": PIL.__version__}

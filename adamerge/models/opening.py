@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from PIL import Image
+
 from adamerge.checkpoints import locate, open_checkpoint, require_same_configuration
 from adamerge.checkpoints.configs import DifferenceError
 from adamerge.checkpoints.foreign_code import require_no_code
 from adamerge.data.tasks import TaskSpec, resolve
 from adamerge.errors import AdamergeWarning, InputError, shortlist
 from adamerge.models import open_clip
-from adamerge.models.base import ModuleBackbone
+from adamerge.models.base import Backbone, ModuleBackbone
 from adamerge.models.heads import Head
 from adamerge.models.hf_clip import HfClipBackbone, hf_clip_activation, hf_clip_heads, is_hf_clip
 from adamerge.models.hf_dual import (
@@ -29,6 +32,7 @@ from adamerge.models.text_towers import own_text_towers, text_tower_folder
 from adamerge.models.timm import TimmBackbone, is_timm, require_same_timm, timm_heads
 from adamerge.models.tokenizers import require_same_tokenizers
 from adamerge.models.unread import require_all_read
+from adamerge.state import State
 
 Tasks = Mapping[str, TaskSpec]
 Paths = Mapping[str, Path]
@@ -199,6 +203,7 @@ def open_heads(
         heads |= own | (row.heads(path, others, paths) if others else {})
     for task, head in heads.items():
         _require_classes(task, head)
+        _require_finite(task, head)
     return {task: replace(heads[task], role=f"the head of task {task!r}") for task in tasks}
 
 
@@ -229,6 +234,44 @@ def _require_classes(task: str, head: Head) -> None:
             "classes.",
             "Learning and accuracy need two or more; `adamerge merge` merges the weights of any model.",
         )
+
+
+def _require_finite(task: str, head: Head) -> None:
+    """Refuse a head whose logits would be no numbers: accuracy and loss would be of nothing."""
+    bad = [name for name, tensor in head.tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(
+            f"the head of task {task!r} has values that are not finite: {shortlist(bad)}.",
+            "Give another head file, or the expert as it was before its training diverged.",
+        )
+
+
+def require_fitting_heads(backbone: Backbone, state: State, heads: Mapping[str, Head]) -> None:
+    """Compare what heads read with the backbone's features, by one input.
+
+    Args:
+        backbone: The backbone.
+        state: Weights of any model that it reads.
+        heads: The heads by task.
+
+    Raises:
+        InputError: A head reads features of another size.
+    """
+    probe = probe_of(backbone)
+    if probe is None:
+        return
+    with torch.no_grad():
+        features = backbone.features({name: state[name].float() for name in backbone.names}, probe)
+        for head in heads.values():
+            head.logits(features)
+
+
+def probe_of(backbone: Backbone) -> torch.Tensor | None:
+    """Return one prepared input of a backbone that prepares images or texts itself, else None."""
+    if not getattr(backbone, "transform_key", ""):
+        return None
+    is_text = getattr(backbone, "modality", "image") == "text"
+    return backbone.preprocess("a" if is_text else Image.new("RGB", (48, 48)))[None]
 
 
 def own_classifiers(base: Path, experts: Mapping[str, Path]) -> tuple[dict[str, Head], dict[str, str]]:

@@ -57,7 +57,7 @@ def test_uint8_preprocessing_and_normalisation_are_open_clips_bit_for_bit(base: 
     stored = backbone.preprocess(PICTURES[picture])
     assert stored.dtype == torch.uint8
     seen = (stored.float() / 255 - backbone.mean) / backbone.std
-    assert torch.equal(seen, transform(PICTURES[picture]))
+    assert torch.equal(seen, transform(PICTURES[picture].convert("RGB")))  # as image folders give them
 
 
 def test_features_of_a_picture_are_open_clips(base: Path) -> None:
@@ -103,7 +103,7 @@ class TestZeroShotHeads:
     def test_they_are_the_normalised_mean_of_normalised_prompts_times_the_scale(self, base: Path) -> None:
         """Methods A1.5, class by class and prompt by prompt."""
         classes = ["dog", "café {noir}"]
-        (head,) = zero_shot_heads(base, {"task": TaskSpec("x", None, classes, TEMPLATES)}).values()
+        (head,) = zero_shot_heads(base, {"shapes": TaskSpec("x", None, classes, TEMPLATES)}).values()
         model = open_clip.create_model(f"local-dir:{base}").eval()
         tokenizer = open_clip.get_tokenizer(f"local-dir:{base}")
         for row, name in zip(head.weight, classes, strict=True):
@@ -137,9 +137,11 @@ class TestZeroShotHeads:
         save_file({"weight": torch.ones(2, 12)}, tmp_path / "head.safetensors")
         from_file = TaskSpec("x", head=str(tmp_path / "head.safetensors"))
         alone = zero_shot_heads(tmp_path, {"a": from_file})
-        both = zero_shot_heads(base, {"a": from_file, "b": TaskSpec("x", None, ["dog"], TEMPLATES)})
+        both = zero_shot_heads(
+            base, {"a": from_file, "b": TaskSpec("x", None, ["cat", "dog", "ox"], TEMPLATES)}
+        )
         assert torch.equal(alone["a"].weight, torch.ones(2, 12))
-        assert {t: h.weight.shape[0] for t, h in both.items()} == {"a": 2, "b": 1}
+        assert {t: h.weight.shape[0] for t, h in both.items()} == {"a": 2, "b": 3}
 
 
 class TestHead:
@@ -161,7 +163,10 @@ class TestHead:
     @pytest.mark.parametrize(
         ("tensors", "message"),
         [
-            ({"kernel": torch.ones(2, 3)}, "has no matrix 'weight'; it holds kernel.\nSave {'weight'"),
+            (
+                {"kernel": torch.ones(2, 3)},
+                "has no matrix 'weight' of numbers; it holds kernel torch.float32 .2, 3..\nSave {'weight'",
+            ),
             ({"weight": torch.ones(3)}, "has no matrix 'weight'"),
             (
                 {"weight": torch.ones(2, 3), "bias": torch.ones(3)},
@@ -211,7 +216,11 @@ class TestConfigurations:
                 "model_cfg.quick_gelu differs: base None, expert 'cars' True",
             ),
             ("model_cfg", {"embed_dim": 16}, "model_cfg.embed_dim differs: base 12, expert 'cars' 16"),
-            ("preprocess_cfg", {"size": 28}, "preprocess_cfg.size differs: base 14, expert 'cars' 28"),
+            (
+                "preprocess_cfg",
+                {"mean": [0.1, 0.2, 0.3]},
+                r"preprocess_cfg.mean differs: base \[0.4, 0.5, 0.6\], expert 'cars' \[0.1, 0.2, 0.3\]",
+            ),
         ],
     )
     def test_a_difference_that_weights_do_not_show_is_named(

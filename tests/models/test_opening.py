@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
+from builders import write_benchmark
 from conftest import CLASSES, TASKS, tiny_config, write_clip
 from hub_mirror import draw, write_base
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from torch.testing import assert_close
 from adamerge import Router, TaskSpec
 from adamerge.checkpoints import locate, open_checkpoint, save
 from adamerge.checkpoints.open_clip_source import open_clip_folder
+from adamerge.cli import main
 from adamerge.errors import EnvironmentProblem, InputError
 from adamerge.fitting import open_vectors
 from adamerge.mixture import Mixture, load, save_mixture
@@ -254,3 +257,28 @@ def test_moving_takes_the_counters_of_a_module_without_values_along(hugging_face
     after: dict[str, Tensor] = dict(backbone.to(torch.device("meta")).module.named_buffers())
     assert set(before.values()) == {"cpu"}
     assert {b.device.type for b in after.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.full((2, 12), torch.nan), "head of task 'dots' has values that are not finite: weight"),
+        (torch.full((2, 12), torch.inf), "head of task 'dots' has values that are not finite: weight"),
+        (torch.ones(2, 12, dtype=torch.int64), "no matrix 'weight' of numbers; it holds weight torch.int64"),
+        (torch.ones(12), r"no matrix 'weight' of numbers; it holds weight torch.float32 \[12\]"),
+        (torch.ones(2, 13), "head of task 'dots' reads 13 dimensions, the features have 12"),
+        (torch.ones(1, 12), "head of task 'dots' has 1 output"),
+    ],
+)
+def test_a_head_that_cannot_serve_is_refused_before_anything_is_written(
+    weight: Tensor, message: str, clip: Path, rows: dict[str, dict], tmp_path: Path, capsys
+) -> None:
+    save_file({"weight": weight}, tmp_path / "head.safetensors")
+    rows["dots"] |= {"head": str(tmp_path / "head.safetensors")}
+    benchmark = write_benchmark(tmp_path / "inputs", clip, rows)
+    run, table = tmp_path / "run", str(tmp_path / "table")
+    assert main(["fit", "--config", str(benchmark), "--run_dir", str(run), "--trainer.max_steps", "1"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not run.exists()
+    assert main(["bench", "run", str(benchmark), "--methods", "average", "--out", table]) == 2
+    assert re.search(message, capsys.readouterr().err)
