@@ -6,7 +6,7 @@ from adamerge.checkpoints.companions import copy_companions
 from adamerge.checkpoints.configs import require_same_configuration
 from adamerge.checkpoints.hub import local_path, locate
 from adamerge.checkpoints.layout import is_adapter
-from adamerge.checkpoints.loading import loading_code
+from adamerge.checkpoints.loading import loading_advice, loading_code
 from adamerge.checkpoints.modules import read_modules, transformer_folder
 from adamerge.checkpoints.reading import Checkpoint, open_checkpoint
 from adamerge.checkpoints.spans import SpanReader
@@ -21,6 +21,7 @@ __all__ = [
     "copy_companions",
     "fitted_base",
     "is_adapter",
+    "loading_advice",
     "loading_code",
     "local_path",
     "locate",

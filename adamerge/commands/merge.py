@@ -16,7 +16,7 @@ from torch import Tensor
 from adamerge import provenance
 from adamerge.arguments import parse
 from adamerge.atomic import refuse_existing
-from adamerge.checkpoints import loading_code, save_stream
+from adamerge.checkpoints import loading_advice, save_stream
 from adamerge.commands.classifiers import Classifiers
 from adamerge.commands.sources import Sources
 from adamerge.errors import InputError, nearest
@@ -146,7 +146,7 @@ def merge(
     classifiers.tell()
     print_line(
         f"{method} of {len(vectors.tasks)} experts: {target} ({duration(time.monotonic() - began)}). "
-        f"Load it: {loading_code(target)}"
+        f"{loading_advice(target)}"
     )
     return 0
 

@@ -20,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from adamerge import callbacks, ownership, provenance
 from adamerge.atomic import refuse_existing, write_text
-from adamerge.checkpoints import loading_code, locate
+from adamerge.checkpoints import loading_advice, locate
 from adamerge.data.module import MultiTaskData
 from adamerge.errors import AdamergeError, InputError, shortlist
 from adamerge.evaluation import Evaluation
@@ -262,7 +262,7 @@ class RunCLI(LightningCLI):
             print_line(reached)
             return
         print_table([row], str(run))
-        print_line(f"{reached} Files: {run}. Load it: {loading_code(run / 'merged')}")
+        print_line(f"{reached} Files: {run}. {loading_advice(run / 'merged')}")
 
     def after_validate(self) -> None:
         """Print the label-free measures."""
