@@ -89,6 +89,7 @@ HF_REQUESTS: dict[str, Callable[[Path], None]] = {
         f / "config.json", "vision_config", "auto_map", value={"AutoModel": "evil.Evil"}
     ),
     "kernel": lambda f: change(f / "config.json", "attn_implementation", value="evil/kernel"),
+    "paged": lambda f: change(f / "config.json", "attn_implementation", value="paged|evil/kernel"),
     "kernels": lambda f: change(f / "config.json", "_attn_implementation", value={"": "evil/kernel@v1:f"}),
 }
 
@@ -359,7 +360,8 @@ def test_no_file_runs_or_unpickles_anything() -> None:
         assert (owner, name) not in {("yaml", "unsafe_load"), ("yaml", "full_load")}, place
         if (owner, name) == ("yaml", "load"):  # the second argument is a subclass of SafeLoader
             assert ast.unparse(call.args[1]) == "_Strict", place
-        if name in ("import_module", "spec_from_file_location"):
+        is_users_own = file == "fitting/classes.py"  # the classes that a user's configuration names
+        if name in ("import_module", "spec_from_file_location") and not is_users_own:
             assert ast.unparse(call.args[0]).startswith("f'adamerge."), place
 
 

@@ -11,7 +11,7 @@ from adamerge.errors import InputError, shortlist
 _LARGE = 2**24  # bytes; no configuration is larger
 _NOT_ASKING = ("tokenizer.json", "vocab.json", "added_tokens.json", "adamerge.json")
 _KERNEL = re.compile(r"(_?attn|_?experts)_implementation(_internal)?|kernel_config")
-_HUB_KERNEL = re.compile(r"[\w.-]+/[\w.-]+.*")
+_HUB_KERNEL = re.compile(r".*/.*", re.DOTALL)  # with prefixes, revisions and functions: paged|OWNER/NAME@v1:f
 
 
 def require_no_code(folder: Path, role: str = "the model") -> None:

@@ -35,7 +35,10 @@ def transformers_config(folder: Path) -> Any:
     """
     import transformers
 
-    return _read(folder, _cannot_read(folder / _CONFIG), transformers.AutoConfig)
+    config = _read(folder, _cannot_read(folder / _CONFIG), transformers.AutoConfig)
+    for part in _with_parts(config):
+        _leave_kernels_to_the_library(part)
+    return config
 
 
 def transformers_tokenizer(folder: Path) -> Any:
@@ -209,6 +212,25 @@ def open_clip_tokenizer(folder: Path) -> Any:
     options = _OURS if text.get("hf_tokenizer_name") else {}
     with quiet(), _no_questions():
         return open_clip.get_tokenizer(f"local-dir:{folder}", **options)
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """Walk a configuration and those of its parts, such as towers."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _with_parts(part)
+
+
+def _leave_kernels_to_the_library(config: Any) -> None:
+    """Take out the kernels that a configuration asks for: they say nothing of what the weights compute.
+
+    FlashAttention needs a GPU and packages, or is compiled code that transformers fetches from the hub.
+    """
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if getattr(config, name, None) not in (None, "eager"):
+            setattr(config, name, {"": None})  # of this part alone
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Settings of models that decide what they read: channels of images, padding of texts, sizes of towers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,15 @@ def test_a_tower_whose_trunk_reads_one_size_gets_images_of_that_size(
     with torch.no_grad():
         expected = model.encode_image(backbone.normalised(batch), normalize=False)
     assert_close(backbone.features({n: state[n] for n in backbone.names}, batch), expected)
+
+
+@pytest.mark.parametrize("kernels", ["flash_attention_2", "paged|sdpa", "flex_attention", "of_mine", 3])
+def test_kernels_are_the_librarys_choice(kernels: Any, tmp_path: Path) -> None:
+    write_vit(tmp_path, 3, 3)
+    expected = adamerge_logits(tmp_path, tmp_path, examples("image"), 3)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {
+        "_attn_implementation": kernels,
+        "_experts_implementation": kernels,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(adamerge_logits(tmp_path, tmp_path, examples("image"), 3), expected)
