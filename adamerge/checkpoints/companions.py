@@ -17,7 +17,12 @@ _WEIGHTS = (  # in any library's form: the base's would be read in the place of 
     *(".tar", ".tgz", ".gz", ".zip", ".xml"),
 )
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".ipynb")
-_OWN = ("README.md", "adamerge.json", "adapter_config.json")  # of the model that was copied from
+_OWN = (
+    "README.md",
+    "adamerge.json",
+    "adapter_config.json",
+    "trainer_state.json",
+)  # of the model that was copied from
 _LOGS = "events.out.tfevents."
 
 

@@ -158,7 +158,7 @@ def _measured(head: bytes, size: int, stream: BinaryIO) -> str:
         stream.seek(8)
         header = json.loads(stream.read(header_size))
         end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return "its header is damaged"
     expected = 8 + header_size + end
     if size < expected:

@@ -91,7 +91,7 @@ def _settings(file: Path) -> dict[str, Any]:
     """Read the settings, and refuse what changes weights by other means (an unknown setting may)."""
     try:
         found: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, TypeError) as error:
         raise InputError(f"{file} is missing or damaged: {error}.", "Download or save it again.") from error
     if found.get("peft_type") != "LORA":
         raise InputError(f"{file} sets peft_type={found.get('peft_type')!r}, not 'LORA'.", MERGE_HINT)

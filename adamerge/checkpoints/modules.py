@@ -11,7 +11,7 @@ def read_modules(root: Path) -> list[dict[str, Any]]:
     """Return the parts of a sentence-transformers folder in their order; none where it is no such folder."""
     try:
         modules = json.loads((root / MODULES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     known = isinstance(modules, list) and all(isinstance(module, dict) for module in modules)
     return modules if known else []

@@ -221,7 +221,7 @@ def _read_index(file: Path) -> dict[str, Any]:
         index = json.loads(file.read_text(encoding="utf-8"))
         if all(Path(shard).name == shard for shard in index["weight_map"].values()):
             return index
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged or no index.", "Download it again.") from error
     raise InputError(f"{file} names shards in other folders.", "Put all shards beside it.")
 

@@ -78,7 +78,7 @@ def read_header(file: Checkpoint, role: str) -> Header:
         streams = {n: Stream(dtype, tuple(shape), *facts) for n, (dtype, shape, *facts) in rows}
         if sum(stream.n_bytes for stream in streams.values()) == file.info(STREAMS).shape[0]:
             return Header(**fields | {"streams": streams})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{role}: the header of {file.root} is damaged.", AGAIN) from error
     raise InputError(f"{role}: {file.root} has another length than its header says.", AGAIN)
 

@@ -56,6 +56,7 @@ def seal(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in _RECORDED]
     rows = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    rows.pop("adamerge.json", None)  # an older document, which this one replaces
     return document | {"digest": _digest(document), "files": rows}
 
 

@@ -14,14 +14,15 @@ from adamerge.checkpoints import copy_companions, open_checkpoint, transformer_f
 from adamerge.checkpoints.companions import module_folders
 from adamerge.checkpoints.configs import read_settings
 from adamerge.checkpoints.modules import MODULES
-from adamerge.errors import InputError, nearest, shortlist
+from adamerge.errors import InputError, NumericError, nearest, shortlist
 from adamerge.mixture.folder import DOCUMENT, load
 from adamerge.mixture.model import Mixture
 from adamerge.models import Head
-from adamerge.models.classifiers import ClassifierBackbone
+from adamerge.models.classifiers import ClassifierBackbone, has_own_classifiers
 from adamerge.models.hf_encoder import HFEncoder
 from adamerge.models.last_layers import library_rows
 from adamerge.models.libraries import quiet, transformers_class, transformers_config, transformers_model
+from adamerge.models.tokens import write_padding
 
 ALL = "all"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -54,7 +55,7 @@ def export_classifier(
     _require_static(source)
     mixture = load(source)
     backbone = mixture.backbone
-    if not isinstance(backbone, ClassifierBackbone) or not backbone.classifier:
+    if not has_own_classifiers(backbone):
         raise InputError(
             f"the heads of {source} read features that no classifier of the library computes: those of a "
             "CLIP or of a sentence encoder.",
@@ -152,6 +153,7 @@ def _write_transformers(made: Path, source: Path, backbone: Any, head: Head, nam
     family = transformers_class(backbone.kind, config)
     with torch.device("meta"):
         tensors |= _last_layer(backbone, head, family(config).state_dict().keys())
+    _require_finite(tensors)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     model, report = transformers_model(family, config, tensors)
     strange = sorted({*report["missing_keys"], *report["unexpected_keys"]})
@@ -159,6 +161,8 @@ def _write_transformers(made: Path, source: Path, backbone: Any, head: Head, nam
         raise InputError(f"transformers does not read {shortlist(strange)} of the model.", _ELSEWHERE)
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    if backbone.modality == "text":
+        write_padding(made, model)
     with quiet():
         model.save_pretrained(made)
     settings = json.loads((made / _CONFIG).read_text(encoding="utf-8")) | {"num_labels": len(names)}
@@ -175,7 +179,18 @@ def _write_timm(made: Path, source: Path, backbone: Any, head: Head, names: list
     _count_classes(settings, len(names))
     (made / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tensors |= _last_layer(backbone, head, library_rows(made) or ())
+    _require_finite(tensors)
     write_weights(tensors, made / _WEIGHTS)
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of which nobody could predict anything."""
+    strange = [n for n, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+    if strange:
+        raise NumericError(
+            f"the model's {shortlist(strange)} are not finite.",
+            "Its weights are damaged, or too large for their dtype.",
+        )
 
 
 def _last_layer(backbone: ClassifierBackbone, head: Head, rows: Collection[str]) -> dict[str, Tensor]:

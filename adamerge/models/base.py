@@ -105,7 +105,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object; empty where there is none, so that a format can be recognised by its keys."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

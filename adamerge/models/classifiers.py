@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from adamerge.models.heads import Head
 from adamerge.models.last_layers import classifies_inputs
 from adamerge.state import State, TensorInfo, info
 
+_NOT_ONE_CLASS = ("multi_label_classification", "regression")  # transformers sets it while it trains
 N_CLASSES = 1009  # of a classifier that no other layer can be taken for: nobody has so many features
 
 
@@ -24,6 +25,18 @@ def _kind_of(path: Path) -> str:
     """Return a clause that says which class of transformers a folder was saved from, where it does."""
     kinds = read_object(path / "config.json").get("architectures") if path.is_dir() else None
     return f": it is a {kinds[0]}" if isinstance(kinds, list) and kinds else ""
+
+
+def _require_one_class(path: Path, role: str) -> None:
+    """Refuse a classifier that was trained to give several labels at once, or numbers."""
+    problem = read_object(path / "config.json").get("problem_type") if path.is_dir() else None
+    if problem in _NOT_ONE_CLASS:
+        raise InputError(
+            f"{role} ({path}) was trained for {problem} (problem_type in config.json): of its rows, several "
+            "or none may be right.",
+            "Learning, accuracy and predictions need classes of which one is right; `adamerge merge` merges "
+            "any weights.",
+        )
 
 
 class ClassifierBackbone(ModuleBackbone):
@@ -74,8 +87,9 @@ class ClassifierBackbone(ModuleBackbone):
         """Read an expert's own classifier.
 
         Raises:
-            InputError: It has none.
+            InputError: It has none, or one whose rows are no such classes that one is right.
         """
+        _require_one_class(path, role)
 
         def plain(path: Path, role: str, base: State) -> State:
             if is_adapter(path):
@@ -104,6 +118,11 @@ class ClassifierBackbone(ModuleBackbone):
     def classifier_in(self, state: State) -> dict[str, str]:
         """Give a state's own names of the classifier's tensors, before which a prefix may stand."""
         return {n: own for n in self.classifier_names for own in state if own == n or own.endswith(f".{n}")}
+
+
+def has_own_classifiers(backbone: object) -> TypeGuard[ClassifierBackbone]:
+    """Return whether a backbone's experts bring classifiers of the library, each its own last layer."""
+    return isinstance(backbone, ClassifierBackbone) and bool(backbone.classifier)
 
 
 def classifier_heads(

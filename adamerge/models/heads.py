@@ -172,7 +172,7 @@ def _names_in(state: Checkpoint, path: str | Path) -> tuple[str, ...]:
     notes = next((notes for notes in state.metadata.values() if "classes" in notes), {})
     try:
         names = json.loads(notes.get("classes", "[]"))
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"head {path}: `classes` of its metadata is no JSON list of names.")

@@ -102,7 +102,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is no open_clip model folder: it has no {CONFIG}.",
             f"Give the base as a folder with {CONFIG} and open_clip_model.safetensors.",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path / CONFIG} is no valid JSON: {error}.", "Download it again.") from error
 
 

@@ -194,6 +194,23 @@ def read_tokenizer(path: Path, model: Any, max_length: int | None = None) -> Tex
     return Texts(tokenizer, lengths, inspect.signature(model.forward).parameters, max_length, lower=lower)
 
 
+def write_padding(folder: Path, model: Any) -> None:
+    """Let a folder's tokenizer and a model that looks for padding name one token, as `read_tokenizer` does.
+
+    Args:
+        folder: The folder of the tokenizer, which is written anew where it has no padding token.
+        model: The model; its configuration is changed where it looks for padding.
+
+    Raises:
+        InputError: There is no tokenizer, or no token to pad with.
+    """
+    tokenizer: Any = transformers_tokenizer(folder)
+    lacks_token = tokenizer.pad_token_id is None
+    _set_padding(tokenizer, model, folder)
+    if lacks_token:
+        tokenizer.save_pretrained(folder)
+
+
 def _set_padding(tokenizer: Any, model: Any, path: Path) -> None:
     """Pad with a token that a model which reads the last token before the padding knows, on the right.
 
@@ -264,7 +281,7 @@ def read_pooling(path: Path) -> Pool:
         folder = path / next(part["path"] for part in parts if part["type"].endswith(".Pooling"))
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ways = [name for name, key in _WAYS.items() if settings.get(key)] or [settings.get("pooling_mode")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError, StopIteration) as error:
         raise InputError(f"{path / MODULES} or its pooling is missing or damaged: {error!r}.") from error
     if len(ways) != 1 or ways[0] not in _WAYS or kinds[2:] not in ([], ["Normalize"]):
         raise InputError(

@@ -180,3 +180,32 @@ def test_token_classifiers_are_no_heads_of_a_run(tmp_path: Path) -> None:
     base = write(tmp_path / "base", texts("Bert"), None, 0)
     with pytest.raises(InputError, match="classifies parts of inputs"):
         adamerge.models.open_heads(base, {"x": adamerge.TaskSpec("memory")}, {"x": folder})
+
+
+def test_the_closing_line_loads_the_experts_classifiers(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(AdamergeWarning, match="not merged"):
+        merge(tmp_path / "out", zoo / "base", zoo / "a")
+    told = capsys.readouterr().err
+    assert f"adamerge.load({str(tmp_path / 'out')!r})" in told
+    assert f"adamerge export {tmp_path / 'out'} --task NAME" in told
+
+
+def test_rows_of_which_several_may_be_right_are_no_head(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "tags", texts("Bert"), ["funny", "sad"], 7)
+    config = json.loads((tmp_path / "tags" / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (tmp_path / "tags" / "config.json").write_text(json.dumps(config))
+    with pytest.warns(AdamergeWarning, match="not merged"):
+        merge(tmp_path / "out", zoo / "base", tmp_path / "tags")
+    assert "multi_label_classification" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "heads.safetensors").exists()
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    rows = {"tags": {"adapt": str(tmp_path / "texts.txt")}}
+    model = {"base": str(zoo / "base"), "experts": {"tags": str(tmp_path / "tags")}}
+    (tmp_path / "b.yaml").write_text(json.dumps({"model": model, "data": {"tasks": rows}}))
+    assert main(["fit", "--config", str(tmp_path / "b.yaml"), "--run_dir", str(tmp_path / "run")]) == 2
+    assert "several or none may be right" in capsys.readouterr().err

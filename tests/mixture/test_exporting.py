@@ -1,6 +1,7 @@
 """An exported classifier computes in its own library what the merged model computes here."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import timm
 import torch
 import transformers
 from conftest import draw
+from safetensors.torch import load_file, save_file
 from tiny_networks import images, make_hf, texts, write_hf, write_timm
+from tokenizers import processors
 from torch.testing import assert_close
 
 import adamerge
@@ -51,7 +54,8 @@ def merged(root: Path, kind: str) -> Path:
     experts = [f"--experts={task}={root / task}" for task in CLASSES]
     more = ["--force", "true", "--out", str(root / "out")]
     more += ["--allow_missing", "cls.*", "--exclude", "bert.pooler*"] * (kind == "words")  # as it is advised
-    with pytest.warns(AdamergeWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdamergeWarning)  # that last layers stay apart
         assert main(["merge", "average", "--base", str(root / "base"), *experts, *more]) == 0
     return root / "out"
 
@@ -180,6 +184,28 @@ def test_a_run_on_a_sentence_encoder_becomes_a_plain_classifier(tmp_path: Path) 
     ]
 
 
+def test_a_decoder_without_padding_is_exported_with_the_token_that_it_was_read_with(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 12, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24, "eos_token_id": 3}
+    config = transformers.GPT2Config(**sizes)
+    for seed, (name, names) in enumerate({"base": ["x", "y"], **CLASSES}.items()):
+        write_hf(tmp_path / name, named(make_hf(config, len(names), seed), names))
+        words = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        words.pad_token, words.eos_token = None, "[SEP]"
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing("$A")
+        words.save_pretrained(tmp_path / name)
+    experts = [f"--experts={task}={tmp_path / task}" for task in CLASSES]
+    more = ["--force", "true", "--out", str(tmp_path / "out")]
+    with pytest.warns(AdamergeWarning):
+        assert main(["merge", "average", "--base", str(tmp_path / "base"), *experts, *more]) == 0
+    export_classifier(tmp_path / "out", tmp_path / "plain", "mood")
+    ours = adamerge.load(tmp_path / "out")
+    values = INPUTS["text"]
+    expected = ours.logits(ours.batch(values), "mood")
+    assert_close(logits(tmp_path / "plain", values), expected, atol=1e-5, rtol=1e-5)  # padded to one length
+    answers = pipeline_of(tmp_path / "plain", "text")(values, batch_size=3)
+    assert [answer["label"] for answer in answers] == ours.predict(values, "mood").class_name
+
+
 class TestRefusals:
     def test_tasks(self, tmp_path: Path) -> None:
         model = merged(tmp_path, "Roberta without its own layers")
@@ -200,6 +226,22 @@ class TestRefusals:
         write_companions(model, {"mood": head}, {"mood": CLASSES["mood"]})
         with pytest.raises(InputError, match="Surgery"):
             export_classifier(model, tmp_path / "plain")
+
+    def test_damaged_folders(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = merged(tmp_path, "ViT")
+        document = json.loads((model / "adamerge.json").read_text())
+        (model / "adamerge.json").write_text('{"a":' * 60_000)
+        arguments = ["export", str(model), "--task", "mood", "--out", str(tmp_path / "plain")]
+        assert main(arguments) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()[-2:]) == 2
+        (model / "adamerge.json").write_text(json.dumps({**document, "files": {}}))
+        state = load_file(model / "model.safetensors")
+        name = next(name for name in state if name.endswith("layernorm_after.weight"))
+        state[name][0] = torch.nan
+        save_file(state, model / "model.safetensors")
+        assert main(arguments) == 4
+        assert "not finite" in capsys.readouterr().err
+        assert not (tmp_path / "plain").exists()
 
     def test_zero_shot_heads_and_routed_models(self, clip: Path, tmp_path: Path) -> None:
         from builders import make_task
