@@ -49,7 +49,7 @@ class HfClipBackbone(ModuleBackbone):
             prefix=prefix_of([name for name, _ in module.named_parameters()], names),
             pool=lambda output: output.image_embeds if projects else output.pooler_output,
             activation=config.hidden_act,
-            **read_processor(path)._asdict(),
+            **read_processor(path, config.num_channels)._asdict(),
         )
 
 

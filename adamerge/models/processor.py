@@ -191,7 +191,7 @@ def _require_equal(transform: ImageTransform, processor: Any, folder: Path, chan
         raise InputError(
             f"{name} cannot prepare images of {channels} channels, as the model reads them: "
             f"{type(error).__name__} {reason}",
-            "Do image_mean and image_std have one value for each channel?",
+            "Do image_mean and image_std have one value for each channel, and do_convert_rgb false for grey?",
         ) from error
     if prepared.dtype == torch.uint8 and prepared.dim() == 3 and len(prepared) == channels:
         mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (transform.mean, transform.std))

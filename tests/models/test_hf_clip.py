@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL.Image
 import pytest
 import torch
 from builders import adapt
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
     CLIPModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     EfficientNetImageProcessor,
@@ -215,6 +217,25 @@ def test_a_lora_of_a_tower_is_an_expert_of_the_whole_clip(forms: Forms, tmp_path
         expected = CLIPModel.from_pretrained(base).visual_projection(pooled)
     found = backbone.features(vectors.state(vectors.one_hot("lora")), images())
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_of_one_channel_reads_grey_images(tmp_path: Path) -> None:
+    small = {"image_size": 16, "patch_size": 8, "projection_dim": 8, "num_channels": 1}
+    small |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = CLIPVisionConfig(**small)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    size = {"height": 16, "width": 16}
+    options = {
+        "size": size,
+        "crop_size": size,
+        "image_mean": [0.5],
+        "image_std": [0.25],
+        "do_convert_rgb": False,
+    }
+    settings = {"image_processor_type": "CLIPImageProcessor", **options}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    backbone = open_backbone(tmp_path)
+    assert backbone.preprocess(PIL.Image.new("RGB", (20, 30), (90, 90, 90))).shape == (1, 16, 16)
 
 
 def test_one_number_stands_for_all_channels(forms: Forms, tmp_path: Path) -> None:
