@@ -87,7 +87,7 @@ def needed_of(base: Iterable[str], expert: Iterable[str]) -> list[str]:
     return base
 
 
-def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
+def missing_hint(missing: Sequence[str], extra: Sequence[str], *, all_missing: bool = False) -> str:
     """Name the prefix whose removal or addition would make the names agree, or say how to go on."""
     if any(_LORA.fullmatch(name) for name in extra):
         return "Of an adapter, give the folder."
@@ -96,6 +96,8 @@ def missing_hint(missing: Sequence[str], extra: Sequence[str]) -> str:
             return f"The expert's names carry the prefix {prefix!r}: strip it."
         if any(prefix + name in missing for name in extra):
             return f"The expert's names lack the prefix {prefix!r}: add it."
+    if all_missing:
+        return "It shares no name with the base: is it of the same architecture, in the same format?"
     return f"If that is meant, {_passing('allow_missing')}"
 
 

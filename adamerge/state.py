@@ -210,7 +210,7 @@ def _problems_of(role: str, ours: Infos, theirs: Infos, allowed: Sequence[str]) 
     differing = {n: pair for n, pair in shapes.items() if pair[0] != pair[1]}
     seen = looks_like({n: i.shape for n, i in theirs.items()}, {n: ours[n].shape for n in needed})
     if missing:
-        hint = seen or missing_hint(missing, extra)
+        hint = seen or missing_hint(missing, extra, all_missing=len(missing) == len(needed))
         yield f"{role} lacks {len(missing)} of {len(ours)} tensors: {shortlist(missing)}. {hint}"
     if extra:
         hint = seen or extra_hint(extra)

@@ -275,3 +275,9 @@ def test_lora_matrices_beside_weights_are_named() -> None:
     lora = {"l.lora_A.default.weight": torch.ones(1, 2), "l.lora_B.default.weight": torch.ones(2, 1)}
     assert "merge them with PEFT" in refused(base, base | lora)
     assert "Of an adapter, give the folder." in refused(base, lora)
+
+
+def test_where_no_name_is_shared_nothing_is_advised_that_leaves_nothing() -> None:
+    told = refused({"a.weight": torch.ones(2, 2)}, {"b/kernel": torch.ones(2, 2)})
+    assert "It shares no name with the base" in told
+    assert "allow_missing" not in told

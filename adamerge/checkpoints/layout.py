@@ -64,6 +64,11 @@ def is_adapter(path: str | Path) -> bool:
     return (root / ADAPTER_CONFIG).is_file() and not any((root / name).is_file() for name in _order(root))
 
 
+def holds_model(root: Path) -> bool:
+    """Return whether a local folder holds weights that a library looks for, or a PEFT adapter."""
+    return is_adapter(root) or any((root / name).is_file() for name in _order(root))
+
+
 def converted_name(file: Path) -> str:
     """Return the name under which readers look for a pickled file once it is safetensors."""
     shard = _SHARD.fullmatch(file.name)

@@ -15,7 +15,14 @@ from torch import Tensor
 from adamerge.checkpoints.diagnosis import in_units, refusal
 from adamerge.checkpoints.header import DTYPES, Entry, read_header
 from adamerge.checkpoints.hub import local_path
-from adamerge.checkpoints.layout import INDEX, conversion, refuse_quantised_settings, variants, weight_file
+from adamerge.checkpoints.layout import (
+    INDEX,
+    conversion,
+    holds_model,
+    refuse_quantised_settings,
+    variants,
+    weight_file,
+)
 from adamerge.checkpoints.modules import transformer_folder
 from adamerge.digests import sha256
 from adamerge.errors import InputError, shortlist
@@ -179,8 +186,21 @@ def _without_weights(root: Path) -> InputError:
         )
     return InputError(
         f"{root} holds none of {INDEX}, open_clip_model.safetensors, model.safetensors.",
-        f"It holds: {shortlist(sorted(p.name for p in root.iterdir())) or 'nothing'}.",
+        f"It holds: {shortlist(sorted(p.name for p in root.iterdir())) or 'nothing'}.{_nearby(root)}",
     )
+
+
+def _nearby(root: Path) -> str:
+    """Return which file or sub-folder may be meant instead: as archives and trainings leave them."""
+    paths = sorted(root.iterdir())
+    broken = [path for path in paths if path.is_symlink() and not path.exists()]
+    if broken:
+        return f" {broken[0].name} is a link to what is not there."
+    models = [path for path in paths if path.is_dir() and holds_model(path)]
+    files = [path for path in paths if path.is_file() and path.suffix == _SAFETENSORS]
+    if len(models) == 1 or len(files) == 1:
+        return f" Is {(models or files)[0]} meant?"
+    return ""
 
 
 def _pickled(file: Path) -> InputError:

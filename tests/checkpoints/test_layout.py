@@ -1,6 +1,7 @@
 """Of several files in a folder, the one is read that the folder's own library would read."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,20 @@ def test_weights_that_are_quantised_by_their_configuration_are_refused(
 )
 def test_converted_files_get_the_names_that_readers_look_for(old: str, new: str) -> None:
     assert converted_name(Path("x") / old) == new
+
+
+def test_what_may_be_meant_instead_is_named(tmp_path: Path) -> None:
+    """A folder in the folder of an archive, a browser's second download, a link without its cache."""
+    for name in ("nested/model", "copy", "link"):
+        (tmp_path / name).mkdir(parents=True)
+    put(tmp_path / "nested" / "model", "model.safetensors")
+    put(tmp_path / "copy", "model.safetensors")
+    (tmp_path / "copy" / "model.safetensors").rename(tmp_path / "copy" / "model (1).safetensors")
+    (tmp_path / "link" / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    for folder, said in {
+        "nested": f"It holds: model. Is {tmp_path / 'nested' / 'model'} meant?",
+        "copy": f"Is {tmp_path / 'copy' / 'model (1).safetensors'} meant?",
+        "link": "model.safetensors is a link to what is not there.",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(said)):
+            open_checkpoint(tmp_path / folder)
