@@ -225,6 +225,11 @@ def _other_number(
     if not targets:
         told = f"task {task!r}: the head has {count} rows, its {part} have {len(names)} classes"
         return DataError(f"{told} ({shortlist(names)}).", "Give data of the head's own classes.")
+    missing = sorted(set(range(len(targets))) - set(match_names(names, targets).values()))
+    if len(names) + len(missing) == len(targets):
+        absent = shortlist(targets[i] for i in missing)
+        hint = f"A class without data needs an (empty) folder, or a name among the declared ones: {absent}."
+        return DataError(f"{told}.", hint)
     pairs = enumerate(zip_longest(targets, names))
     i, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
     return DataError(f"{told}; first difference at index {i}: {ours!r} vs {theirs!r}.", _ORDER)

@@ -56,6 +56,12 @@ class Rows:
         Raises:
             DataError: There is none, or not the one that was asked for.
         """
+        holds_images, holds_texts = (
+            not set(names).isdisjoint(self.features) for names in (_IMAGE_COLUMNS, ("text", "sentence"))
+        )
+        if holds_texts and not holds_images and not wanted:
+            problem = f"{self.role}: {self.source.given} holds texts, the model reads images."
+            raise DataError(problem, "Give a folder of images, or a table with a column of them.")
         problem = f"columns {list(self.features)}, and none named 'image'"
         return self._column(wanted, _IMAGE_COLUMNS, problem, self._hint("image_column"))
 

@@ -156,14 +156,34 @@ class TextModel(nn.Module):
     def __init__(self, model: nn.Module, fields: Sequence[str], pool: Pool) -> None:
         super().__init__()
         self.model, self.fields, self.pool = model, tuple(fields), pool
+        self._tokens = _count_of_tokens(model)
 
     def forward(self, tokens: Int64[Tensor, "text field token"]) -> Float[Tensor, "text dim"]:
-        """Encode texts; columns at either end that no text of the batch reaches are left out."""
+        """Encode texts; columns at either end that no text of the batch reaches are left out.
+
+        Raises:
+            InputError: The tokenizer has tokens that the model does not know.
+        """
         used = tokens[:, self.fields.index("attention_mask")].amax(0).nonzero()
         first, last = (int(used.min()), int(used.max())) if len(used) else (0, 0)
         tokens = tokens[:, :, first : last + 1]
         values = dict(zip(self.fields, tokens.unbind(1), strict=True))
+        largest = int(values["input_ids"].max())
+        if self._tokens is not None and largest >= self._tokens:
+            raise InputError(
+                f"the tokenizer gives token {largest}, the model knows the tokens 0 to {self._tokens - 1}.",
+                "Use the tokenizer with which the model was trained, or resize the models' embeddings to it.",
+            )
         return self.pool(self.model(**values), values["attention_mask"])
+
+
+def _count_of_tokens(model: nn.Module) -> int | None:
+    """Return how many tokens a model of transformers has embeddings of; None where it does not tell."""
+    inner = next((part for part in model.modules() if hasattr(part, "get_input_embeddings")), None)
+    try:
+        return getattr(inner.get_input_embeddings(), "num_embeddings", None)  # pyright: ignore
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def has_tokenizer(path: Path) -> bool:

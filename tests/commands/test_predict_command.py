@@ -241,6 +241,15 @@ def test_what_is_wrong_is_told_in_three_lines_at_most(
     assert list(out.parent.iterdir()) == [folder]
 
 
+def test_texts_are_no_images(
+    static: Path, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new.txt"
+    file.write_text("a sentence\n")
+    assert predict(static, file, out, "--task", "bars") == 3
+    assert "new.txt holds texts, the model reads images." in capsys.readouterr().err
+
+
 def test_an_output_is_replaced_only_when_asked(static: Path, folder: Path, out: Path) -> None:
     out.write_text("mine")
     assert predict(static, folder, out) == 2

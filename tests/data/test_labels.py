@@ -151,6 +151,14 @@ class TestMatching:
         with pytest.raises(DataError, match=f"task 'x'.*{problem}"):
             matched(**{"labels": [0, 0], **options})
 
+    def test_a_class_without_data_is_named(self) -> None:
+        with pytest.raises(DataError, match=r"needs an \(empty\) folder.*: b\.$"):
+            matched([0, 1], ("a", "c"), rows=("c", "a", "b"))
+        assert matched([0, 2], ("a", "b", "c"), rows=("c", "a", "b")) == [
+            1,
+            0,
+        ]  # b has a folder, and no image
+
     def test_other_words_count_in_their_order(self) -> None:
         assert matched([0, 1], ("AnnualCrop", "Forest"), classes=("annual crop land", "forest")) == [0, 1]
         assert matched([0, 1], ("0", "1"), classes=("cat", "dog"), count=2) == [0, 1]

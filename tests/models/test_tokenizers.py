@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny_networks import WORDS, make_hf, texts, tokenizer, write_hf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from adamerge.errors import InputError
 from adamerge.fitting import open_vectors
 from adamerge.models.tokenizers import require_same_tokenizers
+from adamerge.models.tokens import TextModel
 
 
 def other(change: str) -> Any:
@@ -72,3 +74,14 @@ def test_the_same_tokenizer_in_other_files_and_none_at_all_are_accepted(base: Pa
     own.save_pretrained(tmp_path / "x")
     (tmp_path / "y").mkdir()
     require_same_tokenizers(base, {"x": tmp_path / "x", "y": tmp_path / "y", "z": tmp_path / "z.safetensors"})
+
+
+def test_a_token_that_the_model_does_not_know_is_refused() -> None:
+    model = TextModel(
+        make_hf(texts("Bert")), ("input_ids", "attention_mask"), lambda output, _: output.logits
+    )
+    tokens = torch.tensor([[[1, 5, len(WORDS) - 1], [1, 1, 1]]])
+    assert model(tokens).shape == (1, 3)
+    tokens[0, 0, 1] = len(WORDS)
+    with pytest.raises(InputError, match=rf"gives token {len(WORDS)}, the model knows the tokens 0 to"):
+        model(tokens)
