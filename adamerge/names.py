@@ -28,7 +28,7 @@ _QUANTISED = re.compile(
     r"|(.*\.)?weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
 )
 # What such methods name the like of `weight`, where it is an integer: MXFP4, zero points.
-_CODES = re.compile(r".*_(blocks|scales|codes|zp|zeros?|zero_points?)")
+_CODES = re.compile(r"(?!(.*\.)?(num|n)_).*_(blocks|scales|codes|zp|zeros?|zero_points?)")
 _LORA = re.compile(r"(.*\.)?lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b.*")
 _WEIGHT = re.compile(r"(.*\.)?(weight|weights|bias|in_proj_weight|kernel|embedding)")
 

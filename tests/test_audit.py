@@ -265,7 +265,7 @@ class TestQuantised:
         assert audit(ours, {"x": theirs}, exclude=["codes"]) == ("w",)
 
     def test_integers_that_one_side_lacks_do_no_harm(self) -> None:
-        plain, ids = {"w": torch.ones(2)}, {"table": torch.arange(4)}
+        plain, ids = {"w": torch.ones(2)}, {"table": torch.arange(4), "tower.num_blocks": torch.tensor(3)}
         assert audit(plain | ids, {"x": plain}) == audit(plain, {"x": plain | ids}) == ("w",)
 
 
