@@ -67,6 +67,8 @@ def test_the_result_row_holds_accuracies_and_digests(finished: tuple[Path, Path]
     assert set(row["provenance"]) == {
         "schema_version",
         "folder",
+        "files",
+        "tasks",
         "weights",
         "data",
         "preprocessing",

@@ -12,6 +12,7 @@ from adamerge import interrupts
 
 HEAD = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
 from adamerge import cli, interrupts
 def send(number=signal.{name}): os.kill(os.getpid(), number)
 """

@@ -57,7 +57,7 @@ def test_the_picture_reaches_wandb(run: Path) -> None:
 
 def test_the_card_tells_how_to_load_baselines_and_costs(run: Path, row: ResultRow) -> None:
     card = (run / "merged" / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["base_model_relation"] == "merge"
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["merge", "adamerge"]
     assert 'adamerge.load("FOLDER")' in card
     assert "one static model" not in card
     assert f"| twin_merging | {row.accuracy['circles']:.1f} |" in card

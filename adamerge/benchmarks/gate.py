@@ -55,7 +55,7 @@ class Premises:
         """
         known = [f.name for f in fields(self) if f.name != "waived"]
         try:
-            given = read_mapping(file)
+            given = _read_expectations(file)
             for key in given:
                 if key not in known:
                     raise InputError(f"--expect {file} has an unknown key {key!r}.", nearest(key, known))
@@ -68,6 +68,13 @@ class Premises:
         _require_transform(transform, f"--expect {file}")
         given |= {"accuracy": self.accuracy | accuracy, "images": self.images | images}
         return replace(self, **{"source": str(file), **given, "transform": transform or None})
+
+
+def _read_expectations(file: Path) -> dict[str, Any]:
+    try:
+        return read_mapping(file)
+    except InputError as error:
+        raise InputError(f"--expect {file} cannot be read: {error}") from error
 
 
 def _require_transform(transform: Mapping[str, Any], role: str) -> None:

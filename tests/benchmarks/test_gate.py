@@ -68,7 +68,8 @@ def test_the_gate_computes_the_individual_row_once(
 def test_wrong_premises(
     more: list[str], message: str, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "run", str(benchmark), "--methods", "average", "--out", str(tmp_path), *more]) == 2
+    out = str(tmp_path / "table")
+    assert main(["bench", "run", str(benchmark), "--methods", "average", "--out", out, *more]) == 2
     assert message in capsys.readouterr().err
 
 

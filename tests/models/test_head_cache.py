@@ -16,7 +16,10 @@ from adamerge.errors import AdamergeWarning, InputError
 from adamerge.models import Head, head_cache, open_heads
 from adamerge.models.head_cache import TextTower, zero_shot
 
-TASKS = {"a": TaskSpec("x", None, ["dog", "cat"], ["a {}."]), "b": TaskSpec("x", None, ["bird"], ["{}"])}
+TASKS = {
+    "a": TaskSpec("x", None, ["dog", "cat"], ["a {}."]),
+    "b": TaskSpec("x", None, ["bird", "fish"], ["{}"]),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ Random bits are the only thing that is shared with the shipped code.
 """
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sparse_models import (
     MODELS,
@@ -95,6 +95,13 @@ def della(
     return rescaled(row, probabilities, kept, rescale)
 
 
+def nearly_cancel(rows: Rows) -> bool:
+    """Return whether a sum is so near to 0 that rounding decides its sign."""
+    return any(
+        0 < abs(sum(column)) < 1e-6 or (any(column) and not sum(column)) for column in zip(*rows, strict=True)
+    )
+
+
 def by_signs(rows: Rows, aggregate: str) -> list[float]:
     matching = [[x if sign(x) == s else 0.0 for x, s in zip(row, elected(rows), strict=True)] for row in rows]
     return [0.3 * disjoint(column, aggregate) for column in zip(*matching, strict=True)]
@@ -117,5 +124,6 @@ def test_della(given: tuple[Model, str], spread: tuple[float, float], aggregate:
         for n, rows in model.rows().items()
     }
     assert_edits_to(model, dropped, "della_drop", **options)
+    assume(rescale == "none" or not any(nearly_cancel(rows) for rows in dropped.values()))
     expected = {n: by_signs(rows, aggregate) for n, rows in dropped.items()}
     assert_merges_to(model, expected, "della", **options, aggregate=aggregate, scale=0.3)
