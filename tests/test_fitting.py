@@ -74,8 +74,6 @@ def test_the_result_row_holds_accuracies_and_digests(finished: tuple[Path, Path]
         "preprocessing",
         "config",
         "code",
-        "files",
-        "tasks",
     }
 
 
