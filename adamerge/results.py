@@ -179,7 +179,7 @@ def print_table(rows: Sequence[ResultRow], title: str) -> None:
     for row in rows:
         unmeasured = [task for task in row.details.get("agreement", {}) if task not in row.accuracy]
         for note in [*row.notes, *agreements(row, unmeasured)]:
-            out.print(f"{row.method}: {note}", markup=False, highlight=False)
+            out.print(f"{row.method}: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def footnotes(rows: Iterable[ResultRow]) -> Iterator[str]:

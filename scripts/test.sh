@@ -6,4 +6,4 @@ ruff check .
 ruff format --check .
 basedpyright
 lint-imports --no-cache
-pytest -n 2 --dist loadfile --cov=adamerge --cov-report=term --cov-fail-under=90 "$@"
+pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=adamerge --cov-report=term --cov-fail-under=90 "$@"

@@ -77,11 +77,11 @@ def test_an_interrupted_table_continues_where_it_stopped(
 ) -> None:
     calls: list[str] = []
 
-    def stop_in_the_second(arguments: list[str]) -> object:
+    def stop_in_the_second(arguments: list[str], **options: bool) -> object:
         calls.append(arguments[arguments.index("--run_dir") + 1])
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run(arguments)
+        return run(arguments, **options)
 
     monkeypatch.setattr(benchmark_module, "run", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -99,7 +99,12 @@ def test_a_run_that_was_cut_is_resumed_not_repeated(tiny: Benchmark, monkeypatch
         (folder / name).unlink()
     shutil.rmtree(folder / "merged")
     seen: list[list[str]] = []
-    monkeypatch.setattr(benchmark_module, "run", lambda arguments: seen.append(arguments) or run(arguments))
+
+    def remember(arguments: list[str], **options: bool) -> object:
+        seen.append(arguments)
+        return run(arguments, **options)
+
+    monkeypatch.setattr(benchmark_module, "run", remember)
     tiny.run(["adamerging_layer_wise"], SHORT)
     assert "--ckpt_path" in seen[0]
     assert (folder / "merged" / "open_clip_model.safetensors").exists()
