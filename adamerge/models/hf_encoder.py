@@ -31,10 +31,10 @@ from adamerge.models.classifiers import (
 )
 from adamerge.models.heads import LAYERS, Head
 from adamerge.models.libraries import transformers_class, transformers_config
-from adamerge.models.library_names import match_tensors
 from adamerge.models.own_layers import OwnLayers, OwnModel, split_own_layers
 from adamerge.models.processor import read_processor
 from adamerge.models.tokens import TextModel, is_sentence_encoder, read_pooling, read_tokenizer
+from adamerge.models.transformers_names import match_tensors
 from adamerge.models.unread import require_all_read
 from adamerge.state import State
 

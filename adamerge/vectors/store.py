@@ -18,7 +18,7 @@ from adamerge.checkpoints.renaming import under_names_of
 from adamerge.compression import is_compressed, open_compressed
 from adamerge.errors import AdamergeWarning, InputError, nearest, shortlist
 from adamerge.models.last_layers import LastLayers, find_last_layers, folder_of, labelled_tensors
-from adamerge.models.library_names import module_names, under_library_names
+from adamerge.models.transformers_names import module_names, under_library_names
 from adamerge.ranges import checked
 from adamerge.state import State, audit, matches, tied_names
 from adamerge.vectors.block import Block, Codec, Merge

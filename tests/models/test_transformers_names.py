@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamerge import TaskVectors
 from adamerge.checkpoints import open_checkpoint
-from adamerge.models.library_names import under_library_names
+from adamerge.models.transformers_names import under_library_names
 
 BIASES = ("cls.predictions.decoder.bias", "cls.predictions.bias")
 
