@@ -1,5 +1,6 @@
-"""Files that a user names: paths that can be written, and YAML that is read with care."""
+"""Files that a user names: paths that can be written, YAML that is read with care, and JSON objects."""
 
+import json
 import re
 import stat
 from collections.abc import Hashable
@@ -165,3 +166,12 @@ def require_source(key: str, text: str) -> None:
     too_long = len(text) > _LONGEST_PATH or any(len(part) > 255 for part in parts)
     if not text.strip() or "\0" in text or too_long:
         raise InputError(f"{key}={brief(text)} cannot be a path.", _PATH_HINT)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none, so that a format can be recognised by its keys."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -23,7 +23,7 @@ _LIBRARIES = (
     *("torch", "torchvision", "pytorch-lightning", "open_clip_torch", "transformers", "tokenizers", "timm"),
     *("pillow", "numpy", "datasets"),
 )
-_VERSIONS = ("preprocessing.library", "preprocessing.pillow")  # of libraries: what they give is hashed itself
+_VERSIONS = [f"preprocessing.{name}" for name in ("library", "pillow")]  # what they give is hashed itself
 _NAMED = ("weights", "data", "files", "tasks", "config.data.tasks", "config.model.experts")
 _HARMLESS = (  # they change how a run goes, or how long, but no step of it
     "folder",

@@ -1,12 +1,12 @@
 """Decides what a model folder holds: the weights that its own library would read, or an adapter."""
 
-import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adamerge.documents import read_object
 from adamerge.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -95,22 +95,13 @@ def variants(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if _VARIANT.fullmatch(path.name))
 
 
-def plain_settings(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where there is none, so that a format can be recognised by its keys."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
 def refuse_quantised_settings(root: Path) -> None:
     """Refuse a folder whose configuration says that its weights are codes of a quantisation.
 
     Raises:
         InputError: There is a ``quantization_config``, which is named with its method.
     """
-    for key, settings in _parts(plain_settings(root / "config.json")):
+    for key, settings in _parts(read_object(root / "config.json")):
         quantisation = settings.get("quantization_config") or settings.get("compression_config")
         if quantisation:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -132,7 +123,7 @@ def _parts(settings: dict[str, Any], place: str = "") -> Iterator[tuple[str, dic
 
 def _order(root: Path) -> Iterator[str]:
     """List file names in the order in which the folder's library looks for them."""
-    settings = plain_settings(root / "config.json")
+    settings = read_object(root / "config.json")
     if (root / OPEN_CLIP_CONFIG).is_file():
         yield from _OPEN_CLIP
     elif isinstance(settings.get("architecture"), str):

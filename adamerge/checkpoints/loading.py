@@ -1,12 +1,12 @@
 """The line of Python that opens a merged model."""
 
-import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from adamerge.checkpoints.header import read_header
+from adamerge.documents import read_object
 
 _HEADS = "heads.safetensors"
 
@@ -24,7 +24,7 @@ def loading_code(path: Path) -> str:
     place = str(path)
     if path.is_file() or not path.is_dir():
         return f"safetensors.torch.load_file({place!r})"
-    function, is_local_dir = _opener(path, _config(path / "config.json"))
+    function, is_local_dir = _opener(path, read_object(path / "config.json"))
     weights = ", pretrained=True" if function.startswith("timm.") else ""  # without it, timm draws them
     return f"{function}({(f'local-dir:{place}' if is_local_dir else place)!r}{weights})"
 
@@ -38,7 +38,7 @@ def loading_advice(path: Path) -> str:
         path: As for `loading_code`.
     """
     advice = f"Load it: {loading_code(path)}"
-    document = _config(path / "adamerge.json")
+    document = read_object(path / "adamerge.json")
     if document.get("kind") != "checkpoint" or not _has_experts_classifiers(document) or _corrects(path):
         return advice
     return f"{advice}; plain classifiers: adamerge export {shlex.quote(str(path))} --task NAME --out DIR"
@@ -46,7 +46,7 @@ def loading_advice(path: Path) -> str:
 
 def _opener(path: Path, config: dict[str, Any]) -> tuple[str, bool]:
     """Return the function that opens a folder, and whether it wants the prefix ``local-dir:``."""
-    document = _config(path / "adamerge.json")
+    document = read_object(path / "adamerge.json")
     is_routed = document.get("kind", "checkpoint") != "checkpoint"
     layouts = (
         (is_routed or _has_experts_classifiers(document), "adamerge.load", False),
@@ -75,11 +75,3 @@ def _corrects(path: Path) -> bool:
 
 def _class_of(config: dict[str, Any]) -> str:
     return str((config.get("architectures") or ["AutoModel"])[0])
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}

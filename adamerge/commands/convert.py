@@ -15,11 +15,12 @@ from adamerge.atomic import exclusive, refuse_existing, require_free_space, writ
 from adamerge.checkpoints import Checkpoint, open_checkpoint, save_tensors
 from adamerge.checkpoints.contents import choose, tensors_in
 from adamerge.checkpoints.diagnosis import in_units, is_pickled
-from adamerge.checkpoints.layout import INDEX, PICKLED_INDEX, converted_name, plain_settings
+from adamerge.checkpoints.layout import INDEX, PICKLED_INDEX, converted_name
 from adamerge.checkpoints.pickled import open_pickled, read_all
 from adamerge.checkpoints.stored import StoredTensor
 from adamerge.checkpoints.unpickling import Standin
 from adamerge.digests import sha256
+from adamerge.documents import read_object
 from adamerge.errors import InputError, shortlist
 
 Stored = TypeVar("Stored", StoredTensor, Tensor)
@@ -101,7 +102,7 @@ def _rewrite(source: Path, target: Path, key: str, strip: str) -> list[str]:
 
 def _convert_shards(source: Path, *, overwrite: bool) -> int:
     """Convert all shards of a pickled index, and write the index of the new files after them."""
-    places = plain_settings(source).get("weight_map")
+    places = read_object(source).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"{source} is damaged or no index of shards beside it.", "Download it again.")

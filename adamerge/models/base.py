@@ -1,7 +1,6 @@
 """A backbone turns weights and inputs into features, without ever changing a module."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,15 +98,6 @@ def image_mode(channels: int, source: Path) -> str:
             "Write a backbone of your own (adamerge.ModuleBackbone) for other data.",
         )
     return "L" if channels == 1 else "RGB"
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty where there is none, so that a format can be recognised by its keys."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class ModuleBackbone:

@@ -11,8 +11,9 @@ from adamerge.checkpoints import is_adapter, open_adapter, open_checkpoint
 from adamerge.checkpoints.classes import class_names
 from adamerge.checkpoints.lora import WEIGHTS
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_object
 from adamerge.errors import InputError, shortlist
-from adamerge.models.base import ModuleBackbone, Opener, read_object
+from adamerge.models.base import ModuleBackbone, Opener
 from adamerge.models.heads import Head
 from adamerge.models.last_layers import classifies_inputs
 from adamerge.state import State, TensorInfo, info

@@ -9,8 +9,9 @@ from torch import Tensor
 from adamerge.checkpoints import open_checkpoint
 from adamerge.checkpoints.renaming import prefix_of
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_object
 from adamerge.errors import shortlist
-from adamerge.models.base import ModuleBackbone, read_object, without_values
+from adamerge.models.base import ModuleBackbone, without_values
 from adamerge.models.head_cache import TextTower, without_text_tower, zero_shot
 from adamerge.models.heads import Head
 from adamerge.models.libraries import clip_tokenizer, transformers_config

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from adamerge.checkpoints import is_adapter, open_checkpoint
 from adamerge.checkpoints.lora import WEIGHTS
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_object
 from adamerge.errors import InputError
-from adamerge.models.base import read_object
 from adamerge.models.classifiers import (
     ClassifierBackbone,
     classifier_heads,

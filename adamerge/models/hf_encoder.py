@@ -18,8 +18,9 @@ from adamerge.checkpoints import (
 from adamerge.checkpoints.layout import ADAPTER_CONFIG
 from adamerge.checkpoints.lora import WEIGHTS as ADAPTER_WEIGHTS
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_object
 from adamerge.errors import InputError, shortlist
-from adamerge.models.base import Opener, read_object
+from adamerge.models.base import Opener
 from adamerge.models.classifiers import (
     N_CLASSES,
     ClassifierBackbone,

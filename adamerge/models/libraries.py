@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from adamerge.checkpoints.foreign_code import require_no_code
+from adamerge.documents import read_object
 from adamerge.errors import InputError, shortlist
-from adamerge.models.base import read_object, without_values
+from adamerge.models.base import without_values
 
 _OPEN_CLIP, _CONFIG = "open_clip_config.json", "config.json"
 _NO_TEXT: Any = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}

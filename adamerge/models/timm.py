@@ -11,8 +11,9 @@ import torch
 from adamerge.checkpoints import open_checkpoint
 from adamerge.checkpoints.configs import DifferenceError
 from adamerge.data.tasks import TaskSpec
+from adamerge.documents import read_object
 from adamerge.errors import InputError
-from adamerge.models.base import ImageTransform, geometry_of, image_mode, read_object
+from adamerge.models.base import ImageTransform, geometry_of, image_mode
 from adamerge.models.classifiers import (
     N_CLASSES,
     ClassifierBackbone,

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from adamerge.checkpoints import read_modules
 from adamerge.checkpoints.modules import MODULES
+from adamerge.documents import read_object
 from adamerge.errors import InputError
-from adamerge.models.base import read_object
 from adamerge.models.libraries import transformers_tokenizer
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints import Checkpoint
+from adamerge.documents import read_object
 from adamerge.errors import InputError
-from adamerge.models.base import read_object
 from adamerge.models.libraries import transformers_class, transformers_config, transformers_model
 from adamerge.state import State, info, is_mergeable
 
